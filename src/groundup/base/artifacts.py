@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from groundup.base.errors import CorruptFile, UserError
-from groundup.base.files import recover_folder, read_json, replace_folder, sha256_file, sha256_json, write_json
+from groundup.base.files import read_json, recover_folder, replace_folder, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
 LOGS = "logs"

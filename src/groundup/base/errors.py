@@ -4,7 +4,8 @@
     └── UserError        something the user can fix: a key, a file, a value, a full disk
         └── CorruptFile  a file whose bytes are not what its manifest or its format says
 
-Broken invariants of our own are assertions. The command line prints a `UserError` as one message and exits with status 2.
+Broken invariants of our own are assertions. The command line prints a `UserError` as one message
+and exits with status 2.
 """
 
 

@@ -11,8 +11,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends scalars by step to `folder/metrics.jsonl` and, where tensorboard is installed, to an event file.
 
-    Why: on resuming at step S, lines of steps >= S are cut away first, so that the log of a killed and resumed run is that of
-    an uninterrupted one (apart from the keys that hold times).
+    Why: on resuming at step S, lines of steps >= S are cut away first, so that the log of a killed and resumed run is
+    that of an uninterrupted one (apart from the keys that hold times).
     """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:

@@ -38,7 +38,9 @@ class Progress:
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, unit=self.unit, note="")
+            self._task = self._bar.add_task(
+                self.description, total=self.total, completed=self.done, unit=self.unit, note=""
+            )
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -61,9 +63,15 @@ class Progress:
             if rate > 0 and self.done < self.total:
                 left = f", {_clock((self.total - self.done) / rate)} left"
         note = f"  {self.note}" if self.note else ""
-        print(f"{self.description}: {self.done}{of} {self.unit}, {_short(rate)}/s{left}{note}", file=sys.stderr, flush=True)
+        print(
+            f"{self.description}: {self.done}{of} {self.unit}, {_short(rate)}/s{left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         else:

@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+QUICKSTART ?= recipes/quickstart.yaml
+
+.PHONY: quickstart test test-slow bench check format constraints clean help
+
+help:                ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+
+# torch goes first and alone: asked for together with the rest, pip may pick a CUDA build of several gigabytes.
+$(VENV)/.user: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "groundup needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.user  ## set up, then go from raw text to a chat model (about 10 minutes on 2 cores)
+	$(BIN)/groundup run $(QUICKSTART)
+
+test: $(VENV)/.dev   ## lint, types and the test suite (under 10 minutes on 2 cores)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
+
+test-slow: $(VENV)/.dev  ## the proofs that take minutes
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev  ## speed, side by side with peers; run it on a quiet machine
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/tokenizer.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/decode.py
+
+check: $(VENV)/.dev  ## lint and types only, seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(VENV)/.dev  ## write the installed versions into constraints.txt
+	(head -2 constraints.txt; $(PIP) freeze --exclude-editable | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
+
+clean:               ## remove the virtual environment and caches, never runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,170 @@
+"""What the trainer eats: batches, and sources that give the batch of any step without remembering anything.
+
+Why: a batch is a pure function of (seed, step). Resuming, or changing the number of ranks or the micro-batch size, cannot
+repeat or skip a row, because no position is stored anywhere.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from groundup.base.errors import CorruptFile, UserError
+from groundup.base.seeds import derive_seed
+from groundup.data.shards import TokenShards
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens and what they are to predict.
+
+    Shapes: every tensor (B, T); tokens, targets, positions int64, document_ids int64, is_target bool. `targets[b, t]` is the
+    token after `tokens[b, t]`; it carries loss where `is_target[b, t]`. `document_ids` (None: all one) keeps the documents
+    of a row from seeing each other; `positions` (None: 0..T-1) restart with each.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    is_target: Tensor
+    positions: Tensor | None = None
+    document_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that carry loss."""
+        return int(self.is_target.sum())
+
+
+class BatchSource(Protocol):
+    """Batches by step number, counted from 0 and going on through the epochs."""
+
+    batch_rows: int
+    """Rows of a global batch: all ranks and micro batches of one optimizer step together."""
+    steps_per_epoch: int
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
+        """What `rank` computes in `step`: batches of at most `micro_rows` rows, equally many on every rank.
+
+        Why: sharded models gather weights in each forward pass, so a rank that had one micro batch fewer would leave the
+        others waiting for ever. Where rows run out, a rank gets a batch without targets.
+        """
+        ...
+
+
+def micro_ranges(num_rows: int, rank: int, world_size: int, micro_rows: int) -> list[range]:
+    """The rows (counted within the global batch) of each micro batch of `rank`; ranges may be empty at the end."""
+    first, last = num_rows * rank // world_size, num_rows * (rank + 1) // world_size
+    num_micro = -(-(-(-num_rows // world_size)) // micro_rows)
+    return [range(min(first + i * micro_rows, last), min(first + (i + 1) * micro_rows, last)) for i in range(num_micro)]
+
+
+def without_targets(batch: Batch) -> Batch:
+    """The same rows, carrying no loss."""
+    return Batch(batch.tokens, batch.targets, torch.zeros_like(batch.is_target), batch.positions, batch.document_ids)
+
+
+def permute(indices: Int64s, size: int, seed: int) -> Int64s:
+    """Where a seeded pseudo-random permutation of 0..size-1 sends each index.
+
+    Why: shuffling a list of all windows costs memory that grows with the corpus and has to be redone on resuming. A Feistel
+    network is a permutation of 0..4^h-1 computed one index at a time; walking on until the value falls below `size`
+    (four steps at most on average) makes it one of 0..size-1.
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = [np.uint64(derive_seed(seed, "feistel", round_number)) for round_number in range(4)]
+    values = indices.astype(np.uint64)
+    outside = np.ones(values.shape, dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], half_bits, keys)
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
+    low_bits = np.uint64((1 << half_bits) - 1)
+    left, right = values >> np.uint64(half_bits), values & low_bits
+    for key in keys:
+        mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & low_bits)
+    return (left << np.uint64(half_bits)) | right
+
+
+class TokenBatches:
+    """Windows of T tokens over a token corpus, in an order drawn anew for each epoch; for pre-training.
+
+    Each token of the corpus is the target of exactly one window an epoch (the first token, a BOS, of none); the last window
+    is filled up with tokens that carry no loss. Global batches run on over the end of an epoch.
+
+    Choice: documents lie end to end and may be cut by windows. The paper does not say whether attention crosses documents;
+    plain causal attention is the default, `isolate` keeps them apart.
+    """
+
+    def __init__(self, shards: TokenShards, batch_rows: int, context: int, seed: int, *, isolate: bool = False) -> None:
+        if shards.num_tokens < 2:
+            raise UserError(f"{shards.folder}: split {shards.split!r} holds {shards.num_tokens} tokens; nothing to learn")
+        self.shards, self.batch_rows, self.context, self.seed, self.isolate = shards, batch_rows, context, seed, isolate
+        self.num_windows = -(-(shards.num_tokens - 1) // context)
+        self.steps_per_epoch = -(-self.num_windows // batch_rows)
+
+    def window_ids(self, step: int) -> Int64s:
+        """The windows of the global batch of `step`: (batch_rows,)."""
+        rows = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows, dtype=np.int64)
+        epochs = rows // self.num_windows
+        ids = np.empty_like(rows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = permute(rows[here] % self.num_windows, self.num_windows, derive_seed(self.seed, "epoch", int(epoch)))
+        return ids
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
+        windows = self.window_ids(step)
+        batches = []
+        for rows in micro_ranges(self.batch_rows, rank, world_size, micro_rows):
+            batches.append(self.windows(windows[rows]) if rows else without_targets(self.windows(windows[:1])))
+        return batches
+
+    def windows(self, ids: Int64s) -> Batch:
+        """The windows of these numbers, as they lie in the corpus; (len(ids), T)."""
+        tokens = np.zeros((len(ids), self.context + 1), dtype=np.int64)
+        is_target = np.zeros((len(ids), self.context), dtype=bool)
+        document_ids = np.zeros((len(ids), self.context + 1), dtype=np.int64)
+        for row, window in enumerate(ids.tolist()):
+            start = window * self.context
+            found = self.shards.read(start, start + self.context + 1)
+            tokens[row, : len(found)] = found
+            is_target[row, : len(found) - 1] = True
+            if self.isolate:
+                document_ids[row] = self.shards.document_ids(start, start + self.context + 1)
+        positions = None
+        if self.isolate:
+            is_target &= document_ids[:, 1:] == document_ids[:, :-1]
+            positions = torch.from_numpy(positions_within(document_ids[:, :-1]))
+        return Batch(
+            torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]), torch.from_numpy(is_target), positions,
+            torch.from_numpy(document_ids[:, :-1]) if self.isolate else None,
+        )  # fmt: skip
+
+    def in_order(self, rows: int, limit: int | None = None) -> list[Int64s]:
+        """Window numbers from the start of the corpus, `rows` at a time; `limit` caps the number of windows."""
+        ids = np.arange(min(self.num_windows, limit or self.num_windows), dtype=np.int64)
+        return [ids[i : i + rows] for i in range(0, len(ids), rows)]
+
+
+def positions_within(document_ids: Int64s) -> Int64s:
+    """Positions that restart at 0 wherever the document changes. Shapes: (B, T) -> (B, T)."""
+    counts = np.broadcast_to(np.arange(document_ids.shape[1], dtype=np.int64), document_ids.shape)
+    is_start = np.ones(document_ids.shape, dtype=bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return counts - np.maximum.accumulate(np.where(is_start, counts, 0), axis=1)
