@@ -105,7 +105,7 @@ def new_artifact(final: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 def provenance() -> dict[str, Any]:
     """What ran, where and when."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("groundup", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors"):
         try:
             versions[name] = metadata.version(name)

@@ -10,8 +10,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class SamplingParams:
     """How to draw tokens.
 
-    Choice: Meta's reference code defaults to temperature 0.6 and top-p 0.9; ours default to plain sampling, and recipes and
-    the chat commands say what they use.
+    Choice: Meta's reference code defaults to temperature 0.6 and top-p 0.9; ours default to plain sampling, and
+    recipes and the chat commands say what they use.
     """
 
     max_new_tokens: int = 256
