@@ -1,11 +1,10 @@
 """What the trainer eats: batches, and sources that give the batch of any step without remembering anything.
 
-Why: a batch is a pure function of (seed, step). Resuming, or changing the number of ranks or the micro-batch size, cannot
-repeat or skip a row, because no position is stored anywhere.
+Why: a batch is a pure function of (seed, step). Resuming, or changing the number of ranks or the micro-batch size,
+cannot repeat or skip a row, because no position is stored anywhere.
 """
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from groundup.base.errors import CorruptFile, UserError
+from groundup.base.errors import UserError
 from groundup.base.seeds import derive_seed
 from groundup.data.shards import TokenShards
 
@@ -24,9 +23,9 @@ Int64s = NDArray[np.int64]
 class Batch:
     """Rows of tokens and what they are to predict.
 
-    Shapes: every tensor (B, T); tokens, targets, positions int64, document_ids int64, is_target bool. `targets[b, t]` is the
-    token after `tokens[b, t]`; it carries loss where `is_target[b, t]`. `document_ids` (None: all one) keeps the documents
-    of a row from seeing each other; `positions` (None: 0..T-1) restart with each.
+    Shapes: every tensor (B, T); is_target bool, the others int64. `targets[b, t]` is the token after `tokens[b, t]`; it
+    carries loss where `is_target[b, t]`. `document_ids` (None: all one) keep the documents of a row from seeing each
+    other; `positions` (None: 0..T-1) restart with each.
     """
 
     tokens: Tensor
@@ -37,8 +36,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Batch(
+            self.tokens.to(device), self.targets.to(device), self.is_target.to(device), move(self.positions),
+            move(self.document_ids),
+        )  # fmt: skip
 
     @property
     def num_targets(self) -> int:
@@ -56,30 +61,34 @@ class BatchSource(Protocol):
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
         """What `rank` computes in `step`: batches of at most `micro_rows` rows, equally many on every rank.
 
-        Why: sharded models gather weights in each forward pass, so a rank that had one micro batch fewer would leave the
-        others waiting for ever. Where rows run out, a rank gets a batch without targets.
+        Why: sharded models gather weights in each forward pass, so a rank that had one micro batch fewer would leave
+        the others waiting for ever. Where rows run out, a rank gets a batch without targets.
         """
         ...
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def micro_ranges(num_rows: int, rank: int, world_size: int, micro_rows: int) -> list[range]:
     """The rows (counted within the global batch) of each micro batch of `rank`; ranges may be empty at the end."""
     first, last = num_rows * rank // world_size, num_rows * (rank + 1) // world_size
-    num_micro = -(-(-(-num_rows // world_size)) // micro_rows)
+    num_micro = ceil_div(ceil_div(num_rows, world_size), micro_rows)
     return [range(min(first + i * micro_rows, last), min(first + (i + 1) * micro_rows, last)) for i in range(num_micro)]
 
 
 def without_targets(batch: Batch) -> Batch:
     """The same rows, carrying no loss."""
-    return Batch(batch.tokens, batch.targets, torch.zeros_like(batch.is_target), batch.positions, batch.document_ids)
+    return replace(batch, is_target=torch.zeros_like(batch.is_target))
 
 
 def permute(indices: Int64s, size: int, seed: int) -> Int64s:
     """Where a seeded pseudo-random permutation of 0..size-1 sends each index.
 
-    Why: shuffling a list of all windows costs memory that grows with the corpus and has to be redone on resuming. A Feistel
-    network is a permutation of 0..4^h-1 computed one index at a time; walking on until the value falls below `size`
-    (four steps at most on average) makes it one of 0..size-1.
+    Why: shuffling a list of all windows costs memory that grows with the corpus and has to be redone on resuming. A
+    Feistel network is a permutation of 0..4^h-1 computed one index at a time; walking on until the value falls below
+    `size` (at most four steps on average) makes it one of 0..size-1.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [np.uint64(derive_seed(seed, "feistel", round_number)) for round_number in range(4)]
@@ -104,19 +113,20 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: list[np.uint64]) 
 class TokenBatches:
     """Windows of T tokens over a token corpus, in an order drawn anew for each epoch; for pre-training.
 
-    Each token of the corpus is the target of exactly one window an epoch (the first token, a BOS, of none); the last window
-    is filled up with tokens that carry no loss. Global batches run on over the end of an epoch.
+    Each token of the corpus is the target of exactly one window an epoch (the first token, a BOS, of none); the last
+    window is filled up with tokens that carry no loss. Global batches run on over the end of an epoch.
 
-    Choice: documents lie end to end and may be cut by windows. The paper does not say whether attention crosses documents;
-    plain causal attention is the default, `isolate` keeps them apart.
+    Choice: documents lie end to end and may be cut by windows. The paper does not say whether attention crosses
+    documents; plain causal attention is the default, `isolate` keeps them apart.
     """
 
     def __init__(self, shards: TokenShards, batch_rows: int, context: int, seed: int, *, isolate: bool = False) -> None:
         if shards.num_tokens < 2:
-            raise UserError(f"{shards.folder}: split {shards.split!r} holds {shards.num_tokens} tokens; nothing to learn")
-        self.shards, self.batch_rows, self.context, self.seed, self.isolate = shards, batch_rows, context, seed, isolate
-        self.num_windows = -(-(shards.num_tokens - 1) // context)
-        self.steps_per_epoch = -(-self.num_windows // batch_rows)
+            raise UserError(f"{shards.folder}: split {shards.split!r} has {shards.num_tokens} tokens: nothing to learn")
+        self.shards, self.context, self.seed, self.isolate = shards, context, seed, isolate
+        self.num_windows = ceil_div(shards.num_tokens - 1, context)
+        self.batch_rows = batch_rows
+        self.steps_per_epoch = ceil_div(self.num_windows, batch_rows)
 
     def window_ids(self, step: int) -> Int64s:
         """The windows of the global batch of `step`: (batch_rows,)."""
@@ -125,7 +135,8 @@ class TokenBatches:
         ids = np.empty_like(rows)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = permute(rows[here] % self.num_windows, self.num_windows, derive_seed(self.seed, "epoch", int(epoch)))
+            order_seed = derive_seed(self.seed, "epoch", int(epoch))
+            ids[here] = permute(rows[here] % self.num_windows, self.num_windows, order_seed)
         return ids
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
@@ -139,14 +150,14 @@ class TokenBatches:
         """The windows of these numbers, as they lie in the corpus; (len(ids), T)."""
         tokens = np.zeros((len(ids), self.context + 1), dtype=np.int64)
         is_target = np.zeros((len(ids), self.context), dtype=bool)
-        document_ids = np.zeros((len(ids), self.context + 1), dtype=np.int64)
+        document_ids = np.full((len(ids), self.context + 1), self.shards.num_documents, dtype=np.int64)
         for row, window in enumerate(ids.tolist()):
             start = window * self.context
             found = self.shards.read(start, start + self.context + 1)
             tokens[row, : len(found)] = found
             is_target[row, : len(found) - 1] = True
             if self.isolate:
-                document_ids[row] = self.shards.document_ids(start, start + self.context + 1)
+                document_ids[row, : len(found)] = self.shards.document_ids(start, start + self.context + 1)
         positions = None
         if self.isolate:
             is_target &= document_ids[:, 1:] == document_ids[:, :-1]

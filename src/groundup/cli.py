@@ -1,0 +1,218 @@
+"""The command line, nothing else: it names what the user wants, calls a stage, and turns mistakes into one message.
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
+"""
+
+import errno
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from groundup.base.errors import UserError
+from groundup.base.progress import say
+
+if TYPE_CHECKING:
+    from groundup.stages.pipeline import Pipeline
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL_WORDS = ("No space left on device", "File too large", "file write failed", "Disk quota exceeded")
+
+
+class Commands(TyperGroup):
+    """Runs a command; a mistake becomes one message and exit status 2, Ctrl-C becomes 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            say("interrupted; run the same command to go on")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output went away; nobody is left to tell
+            raise typer.Exit(0) from None
+        except Exception as error:
+            message = _disk_message(error)
+            if message is None:
+                raise
+            _fail(message)
+
+
+def _fail(message: str) -> None:
+    say(f"error: {message}")
+    raise typer.Exit(2)
+
+
+def _disk_message(error: BaseException) -> str | None:
+    """What to tell about an error of the file system; None for any other error.
+
+    Why: libraries wrap a full disk in exceptions of their own (safetensors, sentencepiece and torch do), so causes are
+    followed and their words are read.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        full = isinstance(current, OSError) and current.errno in DISK_FULL
+        if full or any(words in str(current) for words in DISK_FULL_WORDS):
+            where = getattr(current, "filename", None) or "a file of the run"
+            return (
+                f"{where}: the disk is full, or the file is larger than allowed ({current})\n"
+                "  remedy: free some space and run the same command to go on; what is finished is kept"
+            )
+        current = current.__cause__ or current.__context__
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From raw text to a chat model, with the recipe of Llama 2.",
+    epilog="Start with: groundup run recipes/quickstart.yaml, then: groundup chat runs/quickstart",
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Known sources of text, dialogues, preferences and models.")
+app.add_typer(data_app, name="data")
+
+RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Values that replace the recipe's, e.g. pretrain.steps=100.", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run (default: runs/NAME).", show_default=False)]
+ModelArg = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a file, RUN/ARTIFACT, RUN, or a name from the catalogue.", show_default=False),
+]
+
+
+def _pipeline(recipe: Path, overrides: list[str] | None, out: Path | None) -> "Pipeline":
+    from groundup.stages.pipeline import Pipeline
+    from groundup.stages.recipe import default_out, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    return Pipeline(loaded, out or default_out(loaded))
+
+
+@app.command(epilog="Example: groundup run recipes/quickstart.yaml --until base pretrain.steps=100")
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this artifact, e.g. base.", show_default=False)] = None,
+) -> None:
+    """Run every stage of a recipe that is not finished; started again after a kill, it goes on."""
+    from groundup.stages.pipeline import run_pipeline
+    from groundup.stages.plan import show_short_plan
+    from groundup.stages.resources import Rank
+
+    pipeline = _pipeline(recipe, overrides, out)
+    stages = pipeline.select(until)
+    is_first = Rank.from_environment().is_first
+    if is_first:
+        show_short_plan(pipeline, stages)
+    artifacts = run_pipeline(pipeline, stages)
+    if is_first:
+        last = artifacts[-1]
+        typer.echo(last.path / "index.html" if last.kind == "report" else last.path)
+
+
+@app.command(epilog="Example: groundup plan recipes/llama2-7b.yaml")
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Parameters, FLOPs, memory, disk and time of each stage, from a short calibration on this machine."""
+    from groundup.stages.plan import show_plan
+
+    show_plan(_pipeline(recipe, overrides, out), as_json=as_json)
+
+
+def _run_stages(recipe: Path, overrides: list[str] | None, out: Path | None, keys: tuple[str, ...]) -> None:
+    from groundup.stages.pipeline import run_pipeline
+
+    pipeline = _pipeline(recipe, overrides, out)
+    stages = [stage for stage in pipeline.stages if stage.key in keys]
+    if not stages:
+        raise UserError(f"{recipe}: the recipe has no section {' or '.join(keys)}", f"add `{keys[0]}:` to it")
+    for artifact in run_pipeline(pipeline, stages):
+        typer.echo(artifact.path)
+
+
+def _stage_command(name: str, keys: tuple[str, ...], text: str) -> None:
+    def command(recipe: RecipeArg, overrides: Overrides = None, out: Out = None) -> None:
+        _run_stages(recipe, overrides, out, keys)
+
+    app.command(name, help=text, epilog=f"Example: groundup {name} recipes/quickstart.yaml --out runs/try")(command)
+
+
+_stage_command("curate", ("curate",), "Stage: raw text -> corpus.")
+_stage_command("tokenizer", ("tokenizer",), "Stage: corpus -> tokenizer.")
+_stage_command("shards", ("shards",), "Stage: corpus and tokenizer -> token shards.")
+_stage_command("pretrain", ("pretrain",), "Stage: token shards -> base model.")
+_stage_command("import", ("import",), "Stage: a model that others trained -> base model.")
+_stage_command("sft", ("sft_v1", "sft_v2"), "Stage: dialogues and base model -> chat model, both phases.")
+_stage_command("sft-v1", ("sft_v1",), "Stage: the first, large phase of supervised fine-tuning.")
+_stage_command("sft-v2", ("sft_v2",), "Stage: the second, small and clean phase of supervised fine-tuning.")
+_stage_command("report", ("report",), "Stage: everything a run made -> one HTML page.")
+
+
+@app.command("show-batch", epilog="Example: groundup show-batch recipes/quickstart.yaml sft-v1 --rows 2")
+def show_batch(
+    recipe: RecipeArg,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft-v1 or sft-v2.", show_default=False)],
+    overrides: Overrides = None,
+    out: Out = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 2,
+    step: Annotated[int, typer.Option(min=0, help="Optimizer step, counted from 0.")] = 0,
+) -> None:
+    """The exact tokens a stage trains on, target tokens coloured."""
+    from groundup.stages.show import show_batches
+
+    show_batches(_pipeline(recipe, overrides, out), stage, rows, step)
+
+
+@app.command(epilog="Example: groundup lineage runs/quickstart/sft-v2")
+def lineage(
+    path: Annotated[Path, typer.Argument(metavar="RUN[/ARTIFACT]", help="A run's folder or one of its artifacts.", show_default=False)],
+) -> None:
+    """Where an artifact came from, back to the raw text."""
+    from rich.console import Console
+
+    from groundup.stages.lineage import find_artifact, lineage_tree
+
+    Console().print(lineage_tree(find_artifact(path)))
+
+
+@data_app.command("list", epilog="Example: groundup data list --kind text")
+def data_list(
+    kind: Annotated[str | None, typer.Option(help="Only text, dialogues, preferences or model.", show_default=False)] = None,
+) -> None:
+    """Known sources with their licences."""
+    from groundup.stages.data_commands import show_sources
+
+    show_sources(kind)
+
+
+@data_app.command("get", epilog="Example: groundup data get grimm --out grimm.jsonl")
+def data_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A source that `groundup data list` shows.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", metavar="PATH", help="File or folder (default: the cache).", show_default=False)] = None,
+) -> None:
+    """Fetch a source, check its sha256, print its licence, and write it as one file."""
+    from groundup.data.sources import get_source
+
+    typer.echo(get_source(name, out))
+
+
+def main() -> None:
+    """Entry point of the `groundup` command."""
+    app(prog_name="groundup")
