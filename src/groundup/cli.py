@@ -77,18 +77,29 @@ app = typer.Typer(
     help="From raw text to a chat model, with the recipe of Llama 2.",
     epilog="Start with: groundup run recipes/quickstart.yaml, then: groundup chat runs/quickstart",
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Known sources of text, dialogues, preferences and models.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Known sources of text, dialogues, preferences and models."
+)
 app.add_typer(data_app, name="data")
 
-RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
+RecipeArg = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Values that replace the recipe's, e.g. pretrain.steps=100.", show_default=False),
+    typer.Argument(
+        metavar="[key=value]...", help="Values that replace the recipe's, e.g. pretrain.steps=100.", show_default=False
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run (default: runs/NAME).", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Folder of the run (default: runs/NAME).", show_default=False),
+]
 ModelArg = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A folder, a file, RUN/ARTIFACT, RUN, or a name from the catalogue.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="A folder, a file, RUN/ARTIFACT, RUN, or a name from the catalogue.", show_default=False
+    ),
 ]
 
 
@@ -105,7 +116,9 @@ def run(
     recipe: RecipeArg,
     overrides: Overrides = None,
     out: Out = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this artifact, e.g. base.", show_default=False)] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this artifact, e.g. base.", show_default=False)
+    ] = None,
 ) -> None:
     """Run every stage of a recipe that is not finished; started again after a kill, it goes on."""
     from groundup.stages.pipeline import run_pipeline
@@ -182,7 +195,10 @@ def show_batch(
 
 @app.command(epilog="Example: groundup lineage runs/quickstart/sft-v2")
 def lineage(
-    path: Annotated[Path, typer.Argument(metavar="RUN[/ARTIFACT]", help="A run's folder or one of its artifacts.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="RUN[/ARTIFACT]", help="A run's folder or one of its artifacts.", show_default=False),
+    ],
 ) -> None:
     """Where an artifact came from, back to the raw text."""
     from rich.console import Console
@@ -194,7 +210,9 @@ def lineage(
 
 @data_app.command("list", epilog="Example: groundup data list --kind text")
 def data_list(
-    kind: Annotated[str | None, typer.Option(help="Only text, dialogues, preferences or model.", show_default=False)] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only text, dialogues, preferences or model.", show_default=False)
+    ] = None,
 ) -> None:
     """Known sources with their licences."""
     from groundup.stages.data_commands import show_sources
@@ -204,8 +222,13 @@ def data_list(
 
 @data_app.command("get", epilog="Example: groundup data get grimm --out grimm.jsonl")
 def data_get(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A source that `groundup data list` shows.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", metavar="PATH", help="File or folder (default: the cache).", show_default=False)] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A source that `groundup data list` shows.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="PATH", help="File or folder (default: the cache).", show_default=False),
+    ] = None,
 ) -> None:
     """Fetch a source, check its sha256, print its licence, and write it as one file."""
     from groundup.data.sources import get_source

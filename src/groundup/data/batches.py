@@ -4,7 +4,8 @@ Why: a batch is a pure function of (seed, step). Resuming, or changing the numbe
 cannot repeat or skip a row, because no position is stored anywhere.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -59,10 +60,11 @@ class BatchSource(Protocol):
     steps_per_epoch: int
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
-        """What `rank` computes in `step`: batches of at most `micro_rows` rows, equally many on every rank.
+        """What `rank` computes in `step`: batches of `micro_rows` rows (fewer if its share is smaller).
 
-        Why: sharded models gather weights in each forward pass, so a rank that had one micro batch fewer would leave
-        the others waiting for ever. Where rows run out, a rank gets a batch without targets.
+        Why: every rank gets equally many, because sharded models gather weights in each forward pass and would wait for
+        ever for a rank that had fewer; and all have one shape, because a compiled model is compiled for a shape. Where
+        rows run out, rows without targets stand in.
         """
         ...
 
@@ -78,9 +80,20 @@ def micro_ranges(num_rows: int, rank: int, world_size: int, micro_rows: int) -> 
     return [range(min(first + i * micro_rows, last), min(first + (i + 1) * micro_rows, last)) for i in range(num_micro)]
 
 
-def without_targets(batch: Batch) -> Batch:
-    """The same rows, carrying no loss."""
-    return replace(batch, is_target=torch.zeros_like(batch.is_target))
+def fill_micro_batches(
+    row_ids: Int64s, rank: int, world_size: int, micro_rows: int, full_rows: int, build: Callable[[Int64s], Batch]
+) -> list[Batch]:
+    """The micro batches of `rank` for the global batch `row_ids`, each made by `build` from its row numbers.
+
+    `full_rows` is the size of a full global batch: a shorter last one of an epoch keeps its shapes.
+    """
+    num_rows = min(micro_rows, ceil_div(full_rows, world_size))
+    batches = []
+    for rows in micro_ranges(len(row_ids), rank, world_size, micro_rows):
+        batch = build(np.resize(np.append(row_ids[rows], row_ids[:1]), num_rows))
+        batch.is_target[len(rows) :] = False
+        batches.append(batch)
+    return batches
 
 
 def permute(indices: Int64s, size: int, seed: int) -> Int64s:
@@ -140,13 +153,9 @@ class TokenBatches:
         return ids
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
-        windows = self.window_ids(step)
-        batches = []
-        for rows in micro_ranges(self.batch_rows, rank, world_size, micro_rows):
-            batches.append(self.windows(windows[rows]) if rows else without_targets(self.windows(windows[:1])))
-        return batches
+        return fill_micro_batches(self.window_ids(step), rank, world_size, micro_rows, self.batch_rows, self.build)
 
-    def windows(self, ids: Int64s) -> Batch:
+    def build(self, ids: Int64s) -> Batch:
         """The windows of these numbers, as they lie in the corpus; (len(ids), T)."""
         tokens = np.zeros((len(ids), self.context + 1), dtype=np.int64)
         is_target = np.zeros((len(ids), self.context), dtype=bool)
@@ -163,14 +172,12 @@ class TokenBatches:
             is_target &= document_ids[:, 1:] == document_ids[:, :-1]
             positions = torch.from_numpy(positions_within(document_ids[:, :-1]))
         return Batch(
-            torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]), torch.from_numpy(is_target), positions,
-            torch.from_numpy(document_ids[:, :-1]) if self.isolate else None,
-        )  # fmt: skip
-
-    def in_order(self, rows: int, limit: int | None = None) -> list[Int64s]:
-        """Window numbers from the start of the corpus, `rows` at a time; `limit` caps the number of windows."""
-        ids = np.arange(min(self.num_windows, limit or self.num_windows), dtype=np.int64)
-        return [ids[i : i + rows] for i in range(0, len(ids), rows)]
+            torch.from_numpy(tokens[:, :-1].copy()),
+            torch.from_numpy(tokens[:, 1:].copy()),
+            torch.from_numpy(is_target),
+            positions,
+            torch.from_numpy(document_ids[:, :-1].copy()) if self.isolate else None,
+        )
 
 
 def positions_within(document_ids: Int64s) -> Int64s:

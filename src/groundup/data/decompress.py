@@ -12,7 +12,7 @@ from groundup.base.errors import CorruptFile, UserError
 
 _CHUNK_BYTES = {"": 1 << 20, ".gz": 1 << 15, ".zst": 1 << 10}
 """Compressed bytes taken at once. Why: 1 KiB of zstd can stand for 32 MiB, 32 KiB of gzip for as much."""
-_RATIO_COUNTS_FROM_BYTES = 64 << 20
+_RATIO_COUNTS_FROM_BYTES = 16 << 20
 
 
 class _Decompressor(Protocol):
@@ -27,7 +27,7 @@ class DecompressedFile(io.RawIOBase):
     """A file as a stream of its content; `bytes_read` counts what was taken from the disk, for progress.
 
     Raises: `CorruptFile` when the compressed data is damaged or ends early, `UserError` when it grows beyond
-    `max_ratio` times its size (counted from 64 MiB on) or beyond `max_bytes`.
+    `max_ratio` times its size (counted from 16 MiB on) or beyond `max_bytes`.
     """
 
     def __init__(self, path: Path, max_ratio: float, max_bytes: int) -> None:

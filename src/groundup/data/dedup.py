@@ -27,7 +27,7 @@ def minhash(text: str) -> RMinHash:
 
 
 class Deduplicator:
-    """Remembers what came before, 16 bytes and one signature a document."""
+    """Remembers what came before: 16 bytes a document, and about 5 KB more for near duplicates."""
 
     def __init__(self, near_threshold: float | None) -> None:
         self._threshold = near_threshold

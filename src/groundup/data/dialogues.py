@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def _checked(turns: list[Message], place: str, report: DialogueReport) -> tuple[
             raise _Malformed("a system message that is not the first")
         if body and body[0].role == "assistant":
             raise _Malformed("the assistant speaks first")
-        if any(first.role == second.role for first, second in zip(body, body[1:], strict=False)):
+        if any(first.role == second.role for first, second in pairwise(body)):
             raise _Malformed("two turns of one side in succession")
         if body and body[-1].role == "user":
             body = body[:-1]
@@ -234,7 +234,8 @@ def _first_key(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 
 def _prompt_response(record: dict[str, Any]) -> list[Message]:
     prompt_key, response_key = _first_key(record, _PROMPT_KEYS), _first_key(record, _RESPONSE_KEYS)
-    assert prompt_key is not None and response_key is not None
+    assert prompt_key is not None
+    assert response_key is not None
     turns = []
     if record.get("system"):
         turns.append(Message("system", _text(record["system"], "system")))

@@ -17,7 +17,7 @@ from groundup.data.dedup import minhash, text_hash
 from groundup.data.filters import LanguageFilter, QualityConfig, QualityFilter, normalise
 
 _BATCH_CHARS = 1 << 20
-_POOL_PAYS_FROM_BYTES = 16 << 20
+_POOL_PAYS_FROM_BYTES = 8 << 20
 _BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"[.!?][\"')\]”’]*\s"), re.compile(r"\s"))
 """Ends of a paragraph, a line, a sentence, a word."""
 
@@ -93,7 +93,7 @@ def judging(
 ) -> Iterator[Callable[[Iterable[Document]], Iterator[Judged]]]:
     """A function from documents to judged documents in the same order.
 
-    `workers` None: this process below 16 MB, where a pool costs more than it gives, else a process a core.
+    `workers` None: this process below 8 MB, where a pool costs more than it gives, else a process a core.
     """
     if workers is None:
         pays = total_bytes is None or total_bytes > _POOL_PAYS_FROM_BYTES

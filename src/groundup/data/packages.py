@@ -128,12 +128,11 @@ def _run(command: list[str], name: str, package: Package, environment: dict[str,
         return
     if "No module named pip" in done.stderr:
         raise UserError(f"package {name}: this Python has no pip", f"{sys.executable} -m ensurepip")
-    complaints = [
-        line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING: Location")
-    ]
+    # pip repeats itself; of lines that begin alike the last one says it all.
+    said = {re.split(r"[('=]", line)[0]: line for line in done.stderr.splitlines() if line.strip()}
     raise UserError(
         f"package {name} {package.version} could not be fetched (offline, or no longer in the registry); "
-        f"{package.manager} says:\n    " + "\n    ".join(complaints[-6:]),
+        f"{package.manager} says:\n    " + "\n    ".join(list(said.values())[-6:]),
         _by_hand(package),
     )
 

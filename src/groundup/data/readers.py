@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from resiliparse.parse.encoding import detect_encoding
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 from warcio.recordloader import ArcWarcRecord
+from warcio.statusandheaders import StatusAndHeadersParser
 
 from groundup.base.config import Config
 from groundup.base.errors import CorruptFile, UserError
@@ -27,8 +27,12 @@ from groundup.data.decompress import DecompressedFile
 from groundup.data.sources import find_source, nearest_source, read_source
 
 HF = "hf://"
+csv.field_size_limit((1 << 31) - 1)  # of the whole process, 128 KiB if left alone; rows are limited below
 _NESTING_TAG = re.compile(rb"<(/?)(?!p\b|li\b|br\b|img\b|hr\b|meta\b|link\b|input\b|t[dhr]\b|d[dt]\b|option\b)[a-zA-Z]")
 _MAX_NESTING = 2000
+_HTTP_HEADERS = StatusAndHeadersParser(["HTTP/"], verify=False)
+_PIECE_CHARS = 16 << 20
+"""A text file without markers comes in pieces of about this length, each ending with a paragraph."""
 _KEPT_KEYS = ("title", "url", "date", "licence", "license", "language")
 """Row keys that go into a document's metadata when they are short texts."""
 
@@ -45,9 +49,9 @@ class ReadConfig(Config):
     bad_rows: Literal["error", "skip"] = "error"
     """JSON and CSV rows that cannot be parsed: an error with file and line, or skipped, counted."""
     max_record_bytes: int = Field(default=256 << 20, gt=0)
-    """Largest line, JSON file, table cell, web page; also the piece of a text file that has no split marker."""
+    """Largest line, JSON file, table row or web page."""
     max_ratio: float = Field(default=200.0, gt=1)
-    """A compressed file may grow by this factor (counted from 64 MiB on)."""
+    """A compressed file may grow by this factor (counted from 16 MiB on)."""
     max_decompressed_bytes: int = Field(default=1 << 40, gt=0)
 
 
@@ -229,7 +233,7 @@ def _text(file: _Input) -> Iterator[Document]:
             lines, size = [], 0
         lines.append(parts[-1])
         size += len(parts[-1])
-        if size > file.config.max_record_bytes // 4 and not line.strip():
+        if size > _PIECE_CHARS and not line.strip():
             yield file.document("".join(lines).strip("\n"), number)
             lines, size, number = [], 0, number + 1
     if (text := "".join(lines)).strip():
@@ -275,11 +279,20 @@ def _row(file: _Input, row: object, number: int) -> Iterator[Document]:
 
 
 def _csv(file: _Input) -> Iterator[Document]:
-    csv.field_size_limit(min(file.config.max_record_bytes, sys.maxsize))
-    delimiter = "\t" if _kind(file.path) == ".tsv" else ","
-    rows = csv.DictReader(file.lines(), delimiter=delimiter, strict=True)
+    limit, size = file.config.max_record_bytes, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for line in file.lines():
+            size += len(line)
+            if size > limit:  # an open quote swallows the rest of the file
+                raise UserError(f"{file.path}: more than {limit} bytes in one row", "raise read.max_record_bytes")
+            yield line
+
+    rows = csv.DictReader(lines(), delimiter="\t" if _kind(file.path) == ".tsv" else ",", strict=True)
     try:
         for number, row in enumerate(rows, 1):
+            size = 0
             if document := file.row_document(row, number):
                 yield document
     except csv.Error as error:
@@ -306,7 +319,7 @@ def _parquet(file: _Input) -> Iterator[Document]:
                 number += 1
                 if document := file.row_document(row, number):
                     yield document
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{file.path}: not a readable parquet file ({error})") from None
 
 
@@ -341,9 +354,12 @@ def decode_page(page: bytes, charset: str | None) -> str:
 
 
 def _warc(file: _Input) -> Iterator[Document]:
-    """Responses and resources that are pages or plain text, and the `conversion` records of WET files."""
+    """Responses and resources that are pages or plain text, and the `conversion` records of WET files.
+
+    Why `no_record_parse`: warcio takes a response without an HTTP header for the end of the file.
+    """
     try:
-        for number, record in enumerate(ArchiveIterator(file.stream)):
+        for number, record in enumerate(ArchiveIterator(file.stream, no_record_parse=True)):
             if record.rec_type in ("response", "resource", "conversion") and (text := _page_text(file, record)):
                 url, date = (record.rec_headers.get_header(name) or "" for name in ("WARC-Target-URI", "WARC-Date"))
                 yield file.document(text, number, {"url": url.strip("<>"), "date": date})
@@ -353,6 +369,12 @@ def _warc(file: _Input) -> Iterator[Document]:
 
 def _page_text(file: _Input, record: ArcWarcRecord) -> str | None:
     """The text of one record; None, counted, if it has none that we can use."""
+    if record.rec_type == "response":
+        try:
+            record.http_headers = _HTTP_HEADERS.parse(record.raw_stream)
+        except EOFError:
+            file.skip("response without a header")
+            return None
     headers = record.http_headers or record.rec_headers
     kind, _, parameters = (headers.get_header("Content-Type") or "unknown").lower().partition(";")
     text, why = None, "page without text"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from groundup.base.errors import CorruptFile, UserError
 from groundup.base.files import read_json, sha256_json, write_json
 from groundup.base.progress import Progress
-
-if TYPE_CHECKING:
-    from groundup.text.tokenizer import Tokenizer
+from groundup.text.tokenizer import Tokenizer
 
 INDEX = "index.json"
 _BLOCK_CHARACTERS = 4_000_000
@@ -29,9 +27,10 @@ _PROBE = "The quick brown fox, 1234567 élan \u4f60\u597d \U0001f600\n\tdef f(x)
 _RUN_AGAIN = "run the shards stage again"
 
 
-def tokenizer_fingerprint(tokenizer: "Tokenizer") -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Hex digest of what a tokenizer does, the same whichever file format it was loaded from."""
-    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    # Id 0 is <unk> in SentencePiece, which writes a sign of its own for it where `tokenizers` writes nothing.
+    pieces = [tokenizer.token_bytes(token_id).hex() for token_id in range(1, tokenizer.vocab_size)]
     return sha256_json([tokenizer.bos_id, tokenizer.eos_id, pieces, list(tokenizer.encode(_PROBE))])
 
 
@@ -51,7 +50,7 @@ class ShardInfo:
 
 
 def write_split(
-    texts: Iterable[str], tokenizer: "Tokenizer", folder: Path, *, shard_tokens: int, description: str = "tokenize"
+    texts: Iterable[str], tokenizer: Tokenizer, folder: Path, *, shard_tokens: int, description: str = "tokenize"
 ) -> list[ShardInfo]:
     """Encode documents into shards of about `shard_tokens` tokens in `folder`, showing tokens/s.
 
@@ -67,7 +66,9 @@ def write_split(
             for text, ids in zip(block, tokenizer.encode_many(block), strict=True):
                 if writer is None:
                     writer = _ShardWriter(folder, len(shards), token_dtype(tokenizer.vocab_size))
-                progress.advance(writer.add(ids, tokenizer.bos_id, tokenizer.eos_id, len(text.encode())))
+                progress.advance(
+                    writer.add(ids, tokenizer.bos_id, tokenizer.eos_id, len(text.encode("utf-8", "surrogatepass")))
+                )
                 if writer.num_tokens >= shard_tokens:
                     shards.append(writer.close())
                     writer = None
@@ -139,7 +140,7 @@ def _write_npy_header(file: IO[bytes], dtype: np.dtype[Any], length: int) -> Non
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def write_index(folder: Path, tokenizer: "Tokenizer", splits: dict[str, list[ShardInfo]]) -> None:
+def write_index(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[ShardInfo]]) -> None:
     """Write `index.json`, which makes the shards in `folder` readable."""
     write_json(
         folder / INDEX,
@@ -154,7 +155,7 @@ def write_index(folder: Path, tokenizer: "Tokenizer", splits: dict[str, list[Sha
 class TokenShards:
     """One split of a shards folder, read as if it were one long array of tokens."""
 
-    def __init__(self, folder: Path, split: str = "train", tokenizer: "Tokenizer | None" = None) -> None:
+    def __init__(self, folder: Path, split: str = "train", tokenizer: Tokenizer | None = None) -> None:
         """Open the files without reading them through; `tokenizer` is the one that the model will use.
 
         Raises: CorruptFile for a shard whose size or type is not what the index says; UserError for another tokenizer.
@@ -212,7 +213,7 @@ class TokenShards:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _check_tokenizer(folder: Path, vocab_size: int, fingerprint: str, tokenizer: "Tokenizer") -> None:
+def _check_tokenizer(folder: Path, vocab_size: int, fingerprint: str, tokenizer: Tokenizer) -> None:
     remedy = "use the tokenizer that the shards were made with, or run the shards stage again with this one"
     if tokenizer.vocab_size != vocab_size:
         raise UserError(

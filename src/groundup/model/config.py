@@ -12,9 +12,8 @@ from groundup.base.errors import UserError
 class RopeScaling:
     """How rotation frequencies are slowed for contexts longer than those trained on.
 
-    "linear" divides every frequency by `factor`. "llama3" divides only wavelengths longer than
-    `original_max_positions / low_freq_factor`, keeps those shorter than `original_max_positions / high_freq_factor`, and
-    interpolates between them.
+    "linear" divides every frequency by `factor`. "llama3" divides those that make at most `low_freq_factor` turns in
+    `original_max_positions`, keeps those that make at least `high_freq_factor`, and interpolates between them.
     """
 
     kind: Literal["linear", "llama3"]
@@ -157,10 +156,10 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, T: int) -> int:
-    """Floating-point operations to train on one token of a sequence of `T`: forward and backward, causal attention at half.
+    """Floating-point operations to train on one token of a sequence of `T` tokens: forward and backward.
 
-    Why: matrix products only (2 operations a multiply-add, backward twice the forward); nothing recomputed is counted, so
-    the ratio to a matmul's rate is the model-FLOP utilisation.
+    Why: matrix products only (2 operations a multiply-add, backward twice the forward, causal attention at half); what
+    is computed again is not counted, so that the ratio to a matmul's rate is the model-FLOP utilisation.
     """
     matmuls = config.n_layers * _layer_matmul_parameters(config) + config.vocab_size * config.dim
     attention = config.n_layers * config.n_heads * config.head_dim * T

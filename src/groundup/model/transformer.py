@@ -1,7 +1,7 @@
 """The Llama 2 transformer.
 
-Shape letters: B sequences, T tokens, S cached positions, D width, H query heads, G key/value heads, K channels per head,
-F FFN width, V vocabulary, L layers.
+Shape letters: B sequences, T tokens, S cached positions, D width, H query heads, G key/value heads, K channels per
+head, F FFN width, V vocabulary, L layers.
 """
 
 import math
@@ -139,8 +139,8 @@ def _run_block(
     return out
 
 
-# One compiled function for all blocks of all models: the block is an argument, its weights are inputs of the graph, so that
-# equal shapes share one graph, hooks of the block (FSDP's) stay outside it, and a deep copy of a model runs its own weights.
+# One compiled function for all blocks of all models: the block is an argument and its weights are inputs of the graph,
+# so that equal shapes share one graph, a block's hooks (FSDP's) stay outside, and a copied model runs its own weights.
 _run_block_compiled = torch.compile(_run_block, dynamic=False)
 
 
@@ -207,8 +207,9 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw every weight from its own random stream, so that the result depends on neither device nor order.
 
-        Choice: the paper does not give an initialisation. Normal with standard deviation 0.02; the two matrices of a layer
-        that write into the residual stream are scaled by 1/sqrt(2L), so that its variance does not grow with depth; gains 1.
+        Choice: the paper does not give an initialisation. Normal with standard deviation 0.02; the two matrices of a
+        layer that write into the residual stream are scaled by 1/sqrt(2L), so that its variance does not grow with
+        depth; gains 1.
         """
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
@@ -226,8 +227,8 @@ class Transformer(nn.Module):
 def compile_blocks(model: Transformer) -> None:
     """Run the blocks compiled when training; sampling, scoring and evaluation stay eager.
 
-    Why: one block's graph serves all layers, so that compiling takes seconds and not the minute a whole model takes; shapes
-    are fixed in training and vary elsewhere, where each new one would compile again.
+    Why: one block's graph serves all layers, so that compiling takes seconds and not the minute a whole model takes.
+    Shapes are fixed in training; elsewhere they vary, and each new one would compile again.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -235,7 +236,7 @@ def compile_blocks(model: Transformer) -> None:
 
 
 def checkpoint_blocks(model: Transformer) -> None:
-    """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for a third more arithmetic."""
+    """Keep only each block's input for the backward pass and compute the rest again: a third more arithmetic."""
     for block in model.blocks:
         assert isinstance(block, Block)
         block.is_checkpointed = True

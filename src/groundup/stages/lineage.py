@@ -15,7 +15,9 @@ def find_artifact(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     if not path.exists():
-        raise UserError(f"{path}: no such run or artifact", "name a run's folder, e.g. runs/quickstart, or RUN/ARTIFACT")
+        raise UserError(
+            f"{path}: no such run or artifact", "name a run's folder, e.g. runs/quickstart, or RUN/ARTIFACT"
+        )
     found = [open_artifact(folder) for folder in sorted(path.iterdir()) if (folder / MANIFEST).exists()]
     made = [artifact for artifact in found if artifact.kind != "report"]
     if not made:
@@ -51,9 +53,13 @@ def _is_artifact(manifest: dict[str, Any]) -> bool:
 def _label(path: Path, manifest: dict[str, Any]) -> Text:
     if not _is_artifact(manifest):
         count = f"{manifest['files']} files, " if manifest.get("files", 1) != 1 else ""
-        return Text.assemble((str(path), "cyan"), f"  {count}{manifest['bytes']:,} bytes" if "bytes" in manifest else "")
+        return Text.assemble(
+            (str(path), "cyan"), f"  {count}{manifest['bytes']:,} bytes" if "bytes" in manifest else ""
+        )
     label = Text.assemble((path.name, "bold"), f"  {manifest['kind']} {manifest['id'][:12]}  stage {manifest['stage']}")
-    label.append(f"  seed {manifest['seed']}  {manifest['finished_at']}  {manifest['cost']['wall_seconds']:.1f} s", "dim")
+    label.append(
+        f"  seed {manifest['seed']}  {manifest['finished_at']}  {manifest['cost']['wall_seconds']:.1f} s", "dim"
+    )
     for name in _named_sources(manifest["config"]):
         label.append(f"\n  reads {name}", "dim")
     return label

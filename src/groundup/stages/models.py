@@ -28,5 +28,7 @@ def resolve_model(text: str) -> Path:
             "`groundup data list` shows with kind model",
         )
     if source.kind != "model":
-        raise UserError(f"{text}: a source of {source.kind} where a model is needed", "groundup data list shows the kinds")
+        raise UserError(
+            f"{text}: a source of {source.kind} where a model is needed", "groundup data list shows the kinds"
+        )
     return get_source(source.name)

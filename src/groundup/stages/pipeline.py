@@ -7,6 +7,7 @@ folders outside the run that the config names) and `batches(config, job) -> Batc
 
 import importlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,9 @@ class Pipeline:
             return {name: name for name in before if self._exists(name)}
         names = {}
         for role, candidates in stage.inputs:
-            usable = [name for name in candidates if name in made] or [name for name in candidates if self._exists(name)]
+            usable = [name for name in candidates if name in made] or [
+                name for name in candidates if self._exists(name)
+            ]
             if not usable:
                 makers = " or ".join(f"`{other.key}:`" for other in self.table if other.artifact in candidates)
                 raise UserError(
@@ -194,7 +197,7 @@ def _run_stage(pipeline: Pipeline, stage: Stage, rank: Rank) -> Artifact:
     work = work_folder(pipeline.out, stage, fingerprint)
     if not rank.is_first:
         if stage.distributed:
-            _take_part(pipeline, stage, work, rank)
+            _take_part(pipeline, stage, work)
         while (artifact := pipeline.finished(stage)) is None:
             time.sleep(0.2)
         return artifact
@@ -225,17 +228,12 @@ def _run_stage(pipeline: Pipeline, stage: Stage, rank: Rank) -> Artifact:
     return open_artifact(pipeline.out / stage.artifact)
 
 
-def _take_part(pipeline: Pipeline, stage: Stage, work: Path, rank: Rank) -> None:
+def _take_part(pipeline: Pipeline, stage: Stage, work: Path) -> None:
     """Run a distributed stage on a rank whose files nobody needs."""
-    aside = work.with_name(f"{work.name}.rank-{rank.rank}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        job = Job(stage.artifact, pipeline.seed(stage), pipeline.inputs(stage), aside, work)
+    with tempfile.TemporaryDirectory() as aside:
+        job = Job(stage.artifact, pipeline.seed(stage), pipeline.inputs(stage), Path(aside), work)
         stage.load().run(pipeline.config(stage), job)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def work_folder(out: Path, stage: Stage, fingerprint: str) -> Path:

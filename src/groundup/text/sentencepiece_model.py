@@ -13,7 +13,7 @@ from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as spm_proto
+from sentencepiece import sentencepiece_model_pb2
 
 from groundup.base.errors import CorruptFile, UserError
 from groundup.base.progress import say
@@ -22,8 +22,10 @@ SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Piece types of SentencePiece; GGUF files use the same numbers."""
 
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at import time
 _SAMPLED_LINES = 10_000_000
 _MAX_LINE_CHARACTERS = 16_000
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 # The trainer drops every line that holds one of these, so lines are cut there instead.
 _LINE_BREAKS = re.compile("[\n\0\u2585]+")
 _BPE = 2
@@ -43,9 +45,9 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
 
     Source: section 2.2 (32k BPE, numbers split into digits, bytes for unknown characters); the other settings are those
     stored in Meta's released model file.
-    Choice: of a corpus of more than ten million lines a random sample of that many is used (Meta's limit was 200 million),
-    drawn with `seed`. Lines over 16,000 characters are cut at a space where there is one, because the trainer drops or
-    refuses them otherwise.
+    Choice: of a corpus of more than ten million lines a random sample of that many is used, drawn with `seed` (Meta's
+    limit was 200 million). Lines over 16,000 characters are cut at a space where there is one, because the trainer drops
+    or refuses them otherwise. Printable ASCII is always in the vocabulary, whatever the corpus: chat tags and code need it.
     Raises: UserError for an empty corpus, and for a vocabulary larger or smaller than the corpus allows.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
         try:
             sentencepiece.SentencePieceTrainer.train(
                 input=str(lines), model_writer=buffer, vocab_size=vocab_size, model_type="bpe",
-                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.99995,
+                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.99995, required_chars=_ASCII,
                 normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
                 unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
                 input_sentence_size=_SAMPLED_LINES, shuffle_input_sentence=True,
@@ -69,7 +71,7 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
             )  # fmt: skip
         except RuntimeError as error:
             raise _vocabulary_error(vocab_size, str(error)) from error
-    proto = spm_proto.ModelProto.FromString(buffer.getvalue())
+    proto = ModelProto.FromString(buffer.getvalue())
     # Names of temporary files and of this machine's cores would make equal tokenizers differ in their bytes.
     for field in ("input", "model_prefix", "num_threads"):
         proto.trainer_spec.ClearField(field)
@@ -119,7 +121,7 @@ def parse_model(data: bytes, name: str) -> Any:
     Raises: CorruptFile when the bytes are no SentencePiece model, UserError when it is not BPE or lacks BOS or EOS.
     """
     try:
-        proto = spm_proto.ModelProto.FromString(data)
+        proto = ModelProto.FromString(data)
     except DecodeError as error:
         raise CorruptFile(f"{name}: not a SentencePiece model ({error})") from None
     if not proto.pieces:
@@ -133,9 +135,11 @@ def parse_model(data: bytes, name: str) -> Any:
     return proto
 
 
-def build_model(pieces: Sequence[Piece], *, unk_id: int, bos_id: int, eos_id: int, add_dummy_prefix: bool = True) -> bytes:
+def build_model(
+    pieces: Sequence[Piece], *, unk_id: int, bos_id: int, eos_id: int, add_dummy_prefix: bool = True
+) -> bytes:
     """The bytes of a `tokenizer.model` with this vocabulary and Llama's normaliser."""
-    proto = spm_proto.ModelProto()
+    proto = ModelProto()
     for piece in pieces:
         proto.pieces.add(piece=piece.text, score=piece.score, type=piece.kind)
     spec = proto.trainer_spec
@@ -151,10 +155,11 @@ def build_model(pieces: Sequence[Piece], *, unk_id: int, bos_id: int, eos_id: in
 def model_from_llama2c(path: Path) -> bytes:
     """A llama2.c tokenizer file (`tok512.bin`) as a SentencePiece model.
 
-    The file is int32 longest piece, then for each piece float32 score, int32 length and its bytes, spaces written plainly.
+    The file is int32 longest piece, then for each piece float32 score, int32 length and its bytes, spaces as they are.
     """
     data = path.read_bytes()
-    pieces, offset = [], 4
+    pieces: list[Piece] = []
+    offset = 4
     try:
         while offset < len(data):
             score, length = struct.unpack_from("<fi", data, offset)
@@ -197,18 +202,34 @@ def piece_bytes(proto: Any) -> list[bytes]:
 def merges_are_equivalent(proto: Any) -> bool:
     """Whether ranked merges give SentencePiece's ids: no piece is matched outside BPE, and scores order the pieces.
 
-    Why: SentencePiece merges whatever pair forms the best-scored piece; a tokenizer.json lists the pairs by rank. The two
-    agree when scores are distinct and every character of a piece is a piece itself.
+    Why: SentencePiece merges whatever pair forms the best-scored piece; a tokenizer.json lists the pairs by rank. They
+    agree when every character of a piece is a piece itself and no two pieces tie, except for the runs of spaces that
+    Meta appended to its vocabulary with one and the same score.
     """
     spec = proto.normalizer_spec
     if spec.remove_extra_whitespaces or spec.precompiled_charsmap or not spec.escape_whitespaces:
         return False
     if any(piece.type in (USER_DEFINED, UNUSED) for piece in proto.pieces):
         return False
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    scores = [score for piece, score in normal.items() if len(piece) > 1]
-    characters = {character for piece in normal for character in piece}
-    return len(set(scores)) == len(scores) and characters <= normal.keys()
+    ids = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == NORMAL}
+    if not {character for piece in ids for character in piece} <= ids.keys():
+        return False
+    tied: dict[float, list[str]] = {}
+    for piece, index in ids.items():
+        if len(piece) > 1:
+            tied.setdefault(proto.pieces[index].score, []).append(piece)
+    return all(len(pieces) == 1 or _grow_one_by_one(pieces, ids) for pieces in tied.values())
+
+
+def _grow_one_by_one(pieces: list[str], ids: dict[str, int]) -> bool:
+    """Whether tied pieces are the runs of one character of all lengths up to some limit, ranked before that character.
+
+    Why: both algorithms then grow the leftmost run one character at a time.
+    """
+    characters = {character for piece in pieces for character in piece}
+    if len(characters) != 1 or sorted(map(len, pieces)) != list(range(2, len(pieces) + 2)):
+        return False
+    return max(ids[piece] for piece in pieces) < ids[characters.pop()]
 
 
 def tokenizer_json(proto: Any) -> str:

@@ -1,15 +1,16 @@
 """Checkpoints of a training run: complete, verified, and never the only copy while being written.
 
-    checkpoints/step-00000120/    model-00000.safetensors  optimizer-00000.safetensors  (one of each per rank that holds a part)
-                                  state.json               step, counters, what the spike guard remembers
-                                  manifest.json            sha256 of each of these; written last
+    checkpoints/step-00000120/
+        model-00000.safetensors  optimizer-00000.safetensors     one of each per rank that holds a part
+        state.json                                               identity of the run, counters, the spike guard's memory
+        manifest.json                                            sha256 of each of these; written last
 
 A folder counts when its manifest verifies. It is filled under a temporary name, every file is synced and read back, and
 only then is it renamed; older ones go after that. Random numbers need no state, because `fit` seeds every step by its
 number, and neither does the position in the data.
 
-Choice: each rank writes the rows it holds, as plain safetensors, instead of torch's distributed checkpoint, whose metadata
-is a pickle. Any number of ranks can continue what any other number wrote; all need to see the same folder.
+Choice: each rank writes the rows it holds as plain safetensors. Torch's distributed checkpoint would do so too, but its
+metadata is a pickle. Any number of ranks can continue what any other number wrote; all need to see the same folder.
 """
 
 import shutil
@@ -38,11 +39,20 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
         self.folder, self.keep, self.ranks = folder, keep, ranks
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        identity: dict[str, object],
+        state: dict[str, Any],
+    ) -> Path:
         """Write the checkpoint of `step`, then delete the oldest beyond `keep`.
 
-        Raises: `UserError` when the weights hold NaN or Inf, or the disk does not take the files; the checkpoint before is
-        then still there.
+        `identity` holds what decides the run's course (seed, data, learning rate ...), `state` where it stands.
+
+        Raises: `UserError` when the weights hold NaN or Inf, or the disk does not take the files; the checkpoint before
+        is then still there.
         """
         self._refuse_non_finite(model, step)
         final = self.folder / f"step-{step:08d}"
@@ -54,7 +64,7 @@ class Checkpoints:
             self.ranks.wait_for_all()
             files = self._write_part(temporary, model, optimizer)
             if self.ranks.is_first:
-                write_json(temporary / STATE, {"step": step, **state})
+                write_json(temporary / STATE, {"identity": identity, "state": state})
                 files[STATE] = _entry(temporary / STATE)
             files = {name: entry for part in self.ranks.gather(files) for name, entry in part.items()}
             if self.ranks.is_first:
@@ -64,10 +74,13 @@ class Checkpoints:
             self.ranks.wait_for_all()
         return final
 
-    def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def load_newest(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, object]
+    ) -> dict[str, Any] | None:
         """Put the newest good checkpoint into model and optimizer and return its state; None where there is none yet.
 
-        Raises: `CorruptFile` when there are checkpoints but none of them is good.
+        Raises: `CorruptFile` when there are checkpoints but none of them is good; `UserError` when the newest good one
+        belongs to a run of another `identity`.
         """
         if self.ranks.is_first:
             for old in self.folder.glob(".step-*.old"):
@@ -77,8 +90,15 @@ class Checkpoints:
         for folder in newest_first:
             problem = self._problem(folder)
             if problem is None:
+                content = read_json(folder / STATE)
+                different = sorted(key for key in identity if content["identity"].get(key) != identity[key])
+                if different:
+                    raise UserError(
+                        f"{folder}: belongs to a run with other values of {', '.join(different)}",
+                        "give this run another folder, or delete that one to begin again",
+                    )
                 self._load(folder, model, optimizer)
-                state: dict[str, Any] = read_json(folder / STATE)
+                state: dict[str, Any] = content["state"]
                 return state
             if self.ranks.is_first:
                 say(f"checkpoint {folder.name} is damaged ({problem}); going back to the one before")
@@ -93,7 +113,7 @@ class Checkpoints:
         bad = [name for name, value in model.named_parameters() if not torch.isfinite(own_part(value)).all()]
         if self.ranks.all_sum(torch.tensor(float(len(bad)), device=self.ranks.device)) > 0:
             raise UserError(
-                f"after step {step} these weights hold NaN or Inf and were not saved: {', '.join(bad) or 'on other ranks'}",
+                f"after step {step} weights hold NaN or Inf and were not saved: {', '.join(bad) or 'on other ranks'}",
                 f"the last good checkpoint lies in {self.folder}; continue from it with a lower lr or precision=fp32",
             )
 
@@ -102,6 +122,9 @@ class Checkpoints:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            if isinstance(error, SafetensorError) and "os error" not in str(error):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
             older = sorted(self.folder.glob("step-" + "[0-9]" * 8))
             kept = f"{older[-1]} is intact" if older else "there was none before it"
             raise UserError(

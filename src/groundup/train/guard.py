@@ -8,9 +8,9 @@ from collections import deque
 class StepGuard:
     """Refuses steps whose loss or gradient is not a number, or whose loss jumps far above the usual.
 
-    Choice: the paper reports no instabilities and no guard. A loss more than `sigmas` standard deviations above the mean of
-    the last `window` steps is a spike; until half of the window is known nothing is. Spikes join the window, so that a loss
-    that stays high becomes the usual one instead of stopping the run.
+    Choice: the paper reports no instabilities and no guard. A loss more than `sigmas` standard deviations above the
+    mean of the last `window` steps is a spike; until half of the window is known nothing is. Spikes join the window, so
+    that a loss that stays high becomes the usual one instead of stopping the run.
     """
 
     def __init__(self, window: int, sigmas: float, losses: list[float]) -> None:

@@ -1,9 +1,9 @@
 """Language-model losses that never hold the logits of a whole batch.
 
-Shape letters: B sequences, T tokens, D width, V vocabulary, N rows (target tokens of a batch), C rows of a chunk.
+Shape letters: B sequences, T tokens, D width, V vocabulary, N target tokens of a batch (rows), C rows of a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,15 +29,20 @@ class LossSum:
 LossFn = Callable[[Transformer, Batch], LossSum]
 
 
+# Measured: the logits of 256 rows stay in a CPU's cache while they become gradients; a GPU wants more rows.
+CPU_CHUNK_ROWS = 256
+GPU_CHUNK_ROWS = 1024
+# The product for the weight's gradient takes several chunks at once: each adds a whole (V, D) matrix to the sum.
+_CHUNKS_PER_SUM = 4
+
+
 def lm_loss(model: Transformer, batch: Batch) -> LossSum:
-    """Cross-entropy over the batch's target tokens, in nats.
+    """Cross-entropy over the batch's target tokens, in nats; `metrics` has how many of them the model ranks first.
 
     Why: logits of tokens that carry no loss are never computed; in SFT these are most of them.
     """
     hidden, targets, _ = _target_rows(model, batch)
-    loss_sum, num_correct = chunked_cross_entropy(
-        hidden, model.head_weight, targets, is_compiled=model.is_compiled
-    )
+    loss_sum, num_correct = chunked_cross_entropy(hidden, model.head_weight, targets, is_compiled=model.is_compiled)
     count = torch.tensor(len(targets), device=targets.device)
     return LossSum(loss_sum, count, {"num_correct": num_correct})
 
@@ -45,7 +50,8 @@ def lm_loss(model: Transformer, batch: Batch) -> LossSum:
 def token_logps(model: Transformer, batch: Batch) -> Tensor:
     """Log-probability in nats of each target token, 0 where `is_target` is False. Shapes: (B, T) float32."""
     hidden, targets, rows = _target_rows(model, batch)
-    logps = _TokenLogps.apply(hidden, model.head_weight, targets, _chunk_rows(hidden), model.is_compiled)
+    plan = _plan(hidden, model.head_weight, None, model.is_compiled)
+    logps: Tensor = _TokenLogps.apply(hidden, model.head_weight, targets, plan)  # type: ignore[no-untyped-call]
     return logps.new_zeros(batch.tokens.numel()).index_copy(0, rows, logps).view(batch.tokens.shape)
 
 
@@ -67,77 +73,96 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of row_weight * -log softmax(weight @ hidden)[target] in nats, and how many targets score highest.
 
-    Shapes: hidden (N, D), weight (V, D), targets (N,) int64, row_weights (N,) -> () float32, ().
-    Why: the gradient is made while the logits of a chunk are in the processor's cache, so that logits are computed once
-    and live for one chunk; under autocast they are bfloat16, the softmax float32.
+    Shapes: hidden (N, D), weight (V, D), targets (N,) int64, row_weights (N,) -> () float32, () int64.
+    Why: the gradient is made while a chunk's logits are in the processor's cache, so that they are computed once and
+    never all held. Under autocast logits are bfloat16; softmax and sums are float32.
     """
     if row_weights is None:
         row_weights = torch.ones(len(targets), device=hidden.device)
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, row_weights, chunk_rows or _chunk_rows(hidden), wants_gradient, is_compiled
+    plan = _plan(hidden, weight, chunk_rows, is_compiled)
+    result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, row_weights, plan, wants_gradient
     )
     return result
 
 
-def _chunk_rows(hidden: Tensor) -> int:
-    """Measured: 256 rows of logits stay in a CPU's cache; a GPU needs more to be filled."""
-    return 256 if hidden.device.type == "cpu" else 4096
+@dataclass(frozen=True)
+class _Plan:
+    dtype: torch.dtype
+    """Of the matrix products."""
+    chunk_rows: int
+    is_compiled: bool
 
 
-def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities of the targets, whether each scores highest, and all but the target's column of the gradient.
+def _plan(hidden: Tensor, weight: Tensor, chunk_rows: int | None, is_compiled: bool) -> _Plan:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _Plan(dtype, chunk_rows or (CPU_CHUNK_ROWS if device == "cpu" else GPU_CHUNK_ROWS), is_compiled)
 
-    Shapes: logits (C, V), targets (C,), upstream (C,): d loss / d logp -> (C,) float32, (C,) bool, (C, V) as the logits.
+
+@dataclass
+class _RowScores:
+    logps: Tensor  # (N,) float32 or wider
+    is_correct: Tensor  # (N,) bool
+    hidden_gradient: Tensor | None = None  # (N, D)
+    weight_gradient: Tensor | None = None  # (V, D) float32 or wider
+
+
+def _score_rows(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, plan: _Plan) -> _RowScores:
+    """Log-probabilities of the targets and, given upstream (N,) = d loss / d logp, the gradients of the loss."""
+    N, V = len(targets), len(weight)
+    narrow_hidden, narrow_weight = hidden.to(plan.dtype), weight.to(plan.dtype)
+    logps = hidden.new_empty(N, dtype=_wide(plan.dtype))
+    scores = _RowScores(logps, torch.empty_like(targets, dtype=torch.bool))
+    if upstream is not None:
+        scores.hidden_gradient = torch.empty_like(hidden)
+        scores.weight_gradient = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+    group_rows = plan.chunk_rows * _CHUNKS_PER_SUM
+    shares = narrow_hidden.new_empty(min(N, group_rows), V)
+    for group in range(0, N, group_rows):
+        group_end = min(group + group_rows, N)
+        scaled = torch.empty_like(narrow_hidden[group:group_end])
+        for start in range(group, group_end, plan.chunk_rows):
+            end = min(start + plan.chunk_rows, group_end)
+            chunk = shares[start - group : end - group]
+            torch.mm(narrow_hidden[start:end], narrow_weight.T, out=chunk)
+            # The last, shorter chunk would compile again for every new length.
+            exponentiate = (
+                _exponentiate_compiled if plan.is_compiled and end - start == plan.chunk_rows else _exponentiate
+            )
+            logps[start:end], scores.is_correct[start:end], total = exponentiate(chunk, targets[start:end])
+            if upstream is not None and scores.hidden_gradient is not None:
+                # d loss / d logits = upstream (onehot - softmax) = scale (exp(logits - top) - total onehot), and the
+                # scale is applied to the small matrices on either side.
+                chunk[torch.arange(end - start, device=chunk.device), targets[start:end]] -= total.to(plan.dtype)
+                scale = (-upstream[start:end] / total)[:, None]
+                scores.hidden_gradient[start:end] = (chunk @ narrow_weight) * scale
+                scaled[start - group : end - group] = hidden[start:end] * scale
+        if scores.weight_gradient is not None:
+            scores.weight_gradient += shares[: group_end - group].T @ scaled
+    return scores
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _exponentiate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits (C, V) in place into exp(logits - row's top).
+
+    Shapes: returns log-probabilities of the targets, whether each is the top, and row sums, all (C,).
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(_wide(logits.dtype))
     top = wide.amax(-1)
+    taken = wide.gather(1, targets[:, None]).squeeze(1)
     shares = (wide - top[:, None]).exp()
     total = shares.sum(-1)
-    taken = wide.gather(1, targets[:, None]).squeeze(1)
-    logps = taken - top - total.log()
-    if upstream is None:
-        return logps, taken >= top, None
-    return logps, taken >= top, (shares * (-upstream / total)[:, None]).to(logits.dtype)
+    logits.copy_(shares)
+    return taken - top - total.log(), taken >= top, total
 
 
-_score_compiled = torch.compile(_score, dynamic=False)
-
-
-class _Chunks:
-    """The rows of a batch against the vocabulary, a chunk at a time, with gradients summed on the way."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, is_compiled: bool) -> None:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        self.hidden, self.weight, self.targets = hidden.to(dtype), weight.to(dtype), targets
-        self.chunk_rows, self.is_compiled = chunk_rows, is_compiled
-
-    def scores(self, upstream: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Of each chunk: its rows, logps (C,), is_correct (C,) and the gradient (C, V) of sum(upstream * logps)."""
-        for start in range(0, len(self.targets), self.chunk_rows):
-            rows = slice(start, start + self.chunk_rows)
-            targets = self.targets[rows]
-            chunk_upstream = None if upstream is None else upstream[rows]
-            # The last, shorter chunk would compile again for every new length.
-            score = _score_compiled if self.is_compiled and len(targets) == self.chunk_rows else _score
-            logps, is_correct, gradient = score(self.hidden[rows] @ self.weight.T, targets, chunk_upstream)
-            if gradient is not None and chunk_upstream is not None:
-                at_target = chunk_upstream * (1 - logps.exp())
-                gradient.scatter_(1, targets[:, None], at_target[:, None].to(gradient.dtype))
-            yield rows, logps, is_correct, gradient
-
-
-class _GradientSums:
-    """d loss / d hidden (N, D) and d loss / d weight (V, D), the latter summed over chunks in at least float32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-    def add(self, chunks: _Chunks, rows: slice, gradient: Tensor) -> None:
-        self.hidden[rows] = gradient @ chunks.weight
-        self.weight += gradient.T @ chunks.hidden[rows]
+_exponentiate_compiled = torch.compile(_exponentiate, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -148,46 +173,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         row_weights: Tensor,
-        chunk_rows: int,
+        plan: _Plan,
         wants_gradient: bool,
-        is_compiled: bool,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks(hidden, weight, targets, chunk_rows, is_compiled)
-        sums = _GradientSums(hidden, weight) if wants_gradient else None
-        loss_sum = row_weights.new_zeros(())
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        for rows, logps, is_correct, gradient in chunks.scores(-row_weights if wants_gradient else None):
-            loss_sum = loss_sum - (row_weights[rows] * logps).sum()
-            num_correct += is_correct.sum()
-            if sums is not None and gradient is not None:
-                sums.add(chunks, rows, gradient)
-        if sums is not None:
-            ctx.save_for_backward(sums.hidden, sums.weight)
+        scores = _score_rows(hidden, weight, targets, -row_weights if wants_gradient else None, plan)
+        if scores.hidden_gradient is not None and scores.weight_gradient is not None:
+            ctx.save_for_backward(scores.hidden_gradient, scores.weight_gradient)
             ctx.weight_dtype = weight.dtype
+        num_correct = scores.is_correct.sum()
         ctx.mark_non_differentiable(num_correct)
-        return loss_sum, num_correct
+        return -(row_weights * scores.logps).sum(), num_correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scaled = (weight_gradient * upstream[0]).to(ctx.weight_dtype)
-        return hidden_gradient * upstream[0], scaled, None, None, None, None, None
+        return hidden_gradient * upstream[0], scaled, None, None, None, None
 
 
 class _TokenLogps(torch.autograd.Function):
+    """Computes the logits again in the backward pass: unlike the loss, what each row is worth is not known before."""
+
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, is_compiled: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunks = _Chunks(hidden, weight, targets, chunk_rows, is_compiled)
-        logps = [logps for _, logps, _, _ in ctx.chunks.scores(None)]
-        return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+        ctx.plan = plan
+        return _score_rows(hidden, weight, targets, None, plan).logps
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, _ = ctx.saved_tensors
-        sums = _GradientSums(hidden, weight)
-        for rows, _, _, gradient in ctx.chunks.scores(upstream[0]):
-            sums.add(ctx.chunks, rows, gradient)
-        return sums.hidden, sums.weight.to(weight.dtype), None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        scores = _score_rows(hidden, weight, targets, upstream[0], ctx.plan)
+        assert scores.weight_gradient is not None
+        return scores.hidden_gradient, scores.weight_gradient.to(weight.dtype), None, None

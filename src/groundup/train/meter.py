@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 TIMING_KEYS = ("seconds", "tokens_per_second", "matmul_share", "memory_gb")
 """Keys of a metrics row that differ between two runs of the same thing."""
 

@@ -51,8 +51,8 @@ def scale_and_clip(parameters: list[nn.Parameter], count: float, clip: float) ->
     """Turn gradients of a sum over `count` things into those of the mean, shrink them to norm `clip`; returns the norm
     before shrinking.
 
-    Why: one division, after everything has been added up, so that neither micro batches nor ranks with unequal numbers of
-    targets weigh more or less than their tokens.
+    Why: one division, after everything has been added up, so that neither micro batches nor ranks with unequal numbers
+    of targets weigh more or less than their tokens.
     """
     gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / count

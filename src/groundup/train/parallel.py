@@ -1,9 +1,10 @@
 """Ranks: one process alone, or several that torchrun started.
 
-`ddp`: every rank has all weights, gradients are added once a step. `fsdp` (FSDP2): weights, gradients and optimizer state
-are cut into as many parts as there are ranks, and a block's weights are gathered while it runs.
+`ddp`: every rank has all weights, gradients are added once a step. `fsdp` (FSDP2): weights, gradients and optimizer
+state are cut into as many parts as there are ranks, and a block's weights are gathered while it runs.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +73,7 @@ def connect() -> Ranks:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(dist.destroy_process_group)
     return Ranks(rank, world_size, device)
 
 
@@ -101,6 +103,15 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of the gathered weights that a forward pass without a backward pass leaves behind.
+
+    Why: until then the module's parameters are the gathered ones and not those the optimizer knows.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
     """Add the gradients of all ranks, in place.
 
@@ -116,7 +127,8 @@ def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
         bucket.append(parameter.grad)
         if index == len(parameters) - 1 or sum(map(torch.Tensor.numel, bucket)) >= _BUCKET_ELEMENTS:
             flat = ranks.all_sum(torch.cat([gradient.flatten() for gradient in bucket]))
-            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
             bucket = []
 
@@ -142,14 +154,20 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def unsharded(model: Transformer) -> Transformer:
-    """The model itself, or where it is sharded a whole copy on the CPU; every rank must call this.
+    """The model itself; where it is sharded, a whole copy on rank 0's CPU (without weights elsewhere).
 
-    Choice: each rank gets the copy, so that it needs memory for the whole model beside its part.
+    Every rank must call this. The copy takes the memory of all float32 weights on that one machine.
     """
     if not is_sharded(model):
         return model
+    reshard(model)
     with torch.device("meta"):
         copy = Transformer(model.config)
-    weights = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
-    copy.load_state_dict(weights, assign=True)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter.detach())
+        if dist.get_rank() == 0:
+            weights[name] = gathered.cpu()
+    if weights:
+        copy.load_state_dict(weights, assign=True)
     return copy

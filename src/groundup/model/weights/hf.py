@@ -49,7 +49,7 @@ _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch
 def open_hf(folder: Path) -> WeightsFile:
     """Open a folder that transformers' LlamaForCausalLM could open.
 
-    Raises: UserError for a model that is not plainly a Llama or tensors that do not fit it; CorruptFile for broken files.
+    Raises: UserError for a model that is not plainly a Llama, CorruptFile for a broken file.
     """
     config = read_hf_config(folder / CONFIG)
     found = {name: stored for name, stored in _open_tensors(folder).items() if not _RECOMPUTED.fullmatch(name)}

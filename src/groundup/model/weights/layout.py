@@ -1,7 +1,7 @@
 """What every weight format has in common: the unfused tensors of a Llama ("parts") and how they become our state dict.
 
-A part is named as in our state dict, with `wqkv` split into wq, wk, wv and `w13` into w1 (gate) and w3 (up). Parts and state
-dict hold query and key rows in rotate-half order: channel j of a head is turned together with channel j + K/2.
+A part is named as in our state dict, with `wqkv` split into wq, wk, wv and `w13` into w1 (gate) and w3 (up). Parts and
+state dict hold query and key rows in rotate-half order: channel j of a head is turned together with channel j + K/2.
 """
 
 import re
@@ -99,19 +99,19 @@ def match_parts(
 
     Raises: UserError for a missing, unexpected or wrongly shaped tensor, before anything is read.
     """
+    if config.n_layers > len(found):
+        raise UserError(f"{where}: {len(found)} tensors cannot be a model of {config.n_layers} layers")
     shapes = part_shapes(config)
     names = {foreign_name(part): part for part in shapes}
     missing, unexpected = [n for n in names if n not in found], [n for n in found if n not in names]
     if missing or unexpected:
-        problems = [
-            f"{word} {_listed(group)}" for word, group in (("missing", missing), ("unexpected", unexpected)) if group
-        ]
-        raise UserError(f"{where}: tensors do not fit the model's configuration: {'; '.join(problems)}")
+        groups = {"missing": missing, "unexpected": unexpected}
+        problems = "; ".join(f"{word} {_listed(group)}" for word, group in groups.items() if group)
+        raise UserError(f"{where}: tensors do not fit the model's configuration: {problems}")
     for name, part in names.items():
-        if found[name].shape != shapes[part]:
-            raise UserError(
-                f"{where}: tensor {name} has shape {list(found[name].shape)}, the configuration needs {list(shapes[part])}"
-            )
+        has_shape, needs_shape = list(found[name].shape), list(shapes[part])
+        if has_shape != needs_shape:
+            raise UserError(f"{where}: tensor {name} has shape {has_shape}, the configuration needs {needs_shape}")
     return {part: found[name] for name, part in names.items()}
 
 

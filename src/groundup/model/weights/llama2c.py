@@ -1,4 +1,4 @@
-"""llama2.c's flat files: a header and float32 tensors one after the other, versions 0 and 1, and its tokenizer file.
+"""llama2.c's flat files: a header and float32 tensors one after the other, versions 0 and 1, and tokenizer.bin.
 
 Source: llama2.c's export.py and run.c. Query and key rows are in Meta's order.
 """
@@ -29,8 +29,6 @@ _NORM_EPS, _ROPE_THETA = 1e-5, 10_000.0
 _ATTENTION, _FFN = (layout.WQ, layout.WK, layout.WV, layout.WO), (layout.W1, layout.W2, layout.W3)
 _TABLES = "rotation tables"
 _TOKEN = struct.Struct("<fi")
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-"""Kinds of pieces, as numbered in sentencepiece models and GGUF files."""
 
 
 def open_llama2c(path: Path) -> WeightsFile:
@@ -46,10 +44,14 @@ def open_llama2c(path: Path) -> WeightsFile:
     if struct.unpack_from("<I", header)[0] == _MAGIC:
         version = struct.unpack_from("<i", header, 4)[0]
         if version != 1:
-            raise UserError(f"{path}: llama2.c version {version} is not supported", "version 2 is int8; export version 1")
+            raise UserError(
+                f"{path}: llama2.c version {version} is not supported", "version 2 is int8; export version 1"
+            )
     fields = _HEADER_V1.unpack(header)[2:] if version else (*_HEADER_V0.unpack(header[: _HEADER_V0.size]), None)
     config = _config(path, fields)
     start = _HEADER_BYTES_V1 if version else _HEADER_V0.size
+    if config.n_layers * config.dim > path.stat().st_size:
+        raise CorruptFile(f"{path}: too short for {config.n_layers} layers of width {config.dim}", "fetch it again")
     order = list(_order_v1(config) if version else _order_v0(config))
     expected = start + _FLOAT_BYTES * sum(count for _, count in order)
     if path.stat().st_size != expected:
@@ -80,63 +82,26 @@ def save_llama2c(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
             tensor.contiguous().numpy().astype("<f4", copy=False).tofile(file)
 
 
-def read_llama2c_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
-    """The pieces of a tokenizer.bin, as the fields a GGUF file holds for a sentencepiece vocabulary.
-
-    Raises: CorruptFile unless the file holds exactly `vocab_size` pieces.
-    """
-    data = path.read_bytes()
-    pieces, scores, kinds = [], [], []
-    at = struct.calcsize("<i")
-    for number in range(vocab_size):
-        score, length = _TOKEN.unpack_from(data, at) if at + _TOKEN.size <= len(data) else (0.0, -1)
-        at += _TOKEN.size
-        if length < 0 or at + length > len(data):
-            raise CorruptFile(f"{path}: ends at piece {number} of {vocab_size}", "is it this model's tokenizer?")
-        piece, kind = _piece(path, number, data[at : at + length])
-        pieces.append(piece)
-        scores.append(score)
-        kinds.append(kind)
-        at += length
-    if at != len(data):
-        raise CorruptFile(f"{path}: holds more than the model's {vocab_size} pieces", "is it this model's tokenizer?")
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-
-
 def write_llama2c_tokenizer(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write the pieces of a sentencepiece vocabulary, given as GGUF fields, as a tokenizer.bin."""
+    """Write a vocabulary, given as GGUF fields, as a tokenizer.bin.
+
+    Raises: UserError if it is not a SentencePiece vocabulary, the only kind run.c reads.
+    """
     if fields["tokenizer.ggml.model"] != "llama":
-        raise UserError(f"{path}: llama2.c reads sentencepiece vocabularies only, this is a byte-level BPE", "write hf or gguf")
+        raise UserError(
+            f"{path}: llama2.c reads SentencePiece vocabularies only, not byte-level BPE", "write hf or gguf"
+        )
+    controls = (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"])
     rows = []
-    for number, piece in enumerate(fields["tokenizer.ggml.tokens"]):
-        text = f"\n{piece}\n" if number in (1, 2) else piece.replace("▁", " ")
-        rows.append((fields["tokenizer.ggml.scores"][number], text.encode()))
+    for index, (piece, score) in enumerate(
+        zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True)
+    ):
+        text = f"\n{piece}\n" if index in controls else piece.replace("▁", " ")
+        rows.append((score, text.encode()))
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<i", max(len(text) for _, text in rows)))
         for score, text in rows:
             file.write(_TOKEN.pack(score, len(text)) + text)
-
-
-def _piece(path: Path, number: int, raw: bytes) -> tuple[str, int]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise CorruptFile(f"{path}: piece {number} is not UTF-8 text") from None
-    if number == 0:
-        return text, _UNKNOWN
-    if number in (1, 2):
-        return text.strip("\n"), _CONTROL
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return text, _BYTE
-    return text.replace(" ", "▁"), _NORMAL
 
 
 def _config(path: Path, fields: tuple[int | None, ...]) -> ModelConfig:
@@ -154,11 +119,43 @@ def _config(path: Path, fields: tuple[int | None, ...]) -> ModelConfig:
 
 
 def _order_v0(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Names in file order with their number of floats; the rotation tables are not a part of the model."""
-    groups = (layout.ATTENTION_NORM, *_ATTENTION, layout.FFN_NORM, *_FFN)
-    tables = (_TABLES, config.max_positions * config.head_dim)
-    yield from _order(config, [layout.EMBED], groups, [layout.NORM], tables)
+    """Names in file order, each with its number of floats; the rotation tables are no part of the model."""
+    yield from _sized(config, layout.EMBED)
+    for group in (layout.ATTENTION_NORM, *_ATTENTION, layout.FFN_NORM, *_FFN):
+        yield from _sized(config, group)
+    yield from _sized(config, layout.NORM)
+    yield _TABLES, config.max_positions * config.head_dim
+    if not config.tie_embeddings:
+        yield from _sized(config, layout.HEAD)
 
 
 def _order_v1(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    yield from _order(config, [], (layout.ATTENTION_NORM, layout.FFN_NORM), [layout.NORM, layout.EMBED])
+    for group in (layout.ATTENTION_NORM, layout.FFN_NORM, layout.NORM, layout.EMBED, *_ATTENTION, *_FFN):
+        yield from _sized(config, group)
+    if not config.tie_embeddings:
+        yield from _sized(config, layout.HEAD)
+
+
+def _sized(config: ModelConfig, part: str) -> Iterator[tuple[str, int]]:
+    """The part, in every block if it is a block's."""
+    shapes = layout.part_shapes(config)
+    names = [part] if part in shapes else [layout.block_part(layer, part) for layer in range(config.n_layers)]
+    for name in names:
+        yield name, math.prod(shapes[name])
+
+
+def _read(path: Path, start_bytes: int, shape: tuple[int, ...]) -> Tensor:
+    values = np.fromfile(path, dtype="<f4", count=math.prod(shape), offset=start_bytes)
+    return torch.from_numpy(values).view(shape)
+
+
+def _check_can_save(config: ModelConfig) -> None:
+    differs = {
+        "norm_eps": config.norm_eps != _NORM_EPS,
+        "rope_theta": config.rope_theta != _ROPE_THETA,
+        "rope_scaling": config.rope_scaling is not None,
+        "head_dim": config.head_dim * config.n_heads != config.dim,
+    }
+    for name, is_different in differs.items():
+        if is_different:
+            raise UserError(f"llama2.c cannot run a model with {name} = {getattr(config, name)}", "write hf or gguf")

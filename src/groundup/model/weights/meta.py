@@ -4,7 +4,6 @@ Source: the released model code (ModelArgs, parallel layers) and its converter; 
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,12 +159,14 @@ def _read_params(path: Path, tokenizer_size: int) -> ModelConfig:
 
 def _check_can_save(config: ModelConfig, shards: int) -> None:
     if config.head_dim * config.n_heads != config.dim or config.rope_scaling is not None:
-        raise UserError("Meta's format holds no rope_scaling and no head_dim other than dim / n_heads", "write hf or gguf")
+        raise UserError(
+            "Meta's format holds no rope_scaling and no head_dim other than dim / n_heads", "write hf or gguf"
+        )
     for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "ffn_dim"):
         if shards < 1 or getattr(config, name) % shards:
             raise UserError(f"shards = {shards} does not divide the model's {name} = {getattr(config, name)}")
     if config.max_positions != _MAX_POSITIONS:
-        say(f"note: params.json cannot say that the context is {config.max_positions} tokens; readers take {_MAX_POSITIONS}")
+        say(f"note: params.json cannot give the context ({config.max_positions} tokens); we read {_MAX_POSITIONS}")
     if config.tie_embeddings:
         say("note: Meta's format has no tied embeddings; they are written twice and read back as two matrices")
 
@@ -190,7 +191,7 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _ffn_rule(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """A `multiple_of` and `ffn_dim_multiplier` that give this width, roundest first (the released ones for their sizes)."""
+    """A `multiple_of` and `ffn_dim_multiplier` that give this width; for released sizes the released ones."""
     base = ffn_width(dim, 1)
     # Half a unit above, so that the rule's rounding down lands on the width itself.
     exact = (ffn_dim + 0.5) / base
