@@ -56,7 +56,9 @@ def test_the_set_of_commands() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_arguments_and_options(name: str) -> None:
     command = all_commands()[name]
-    arguments = [param.make_metavar(Context(command)) for param in command.params if param.param_type_name == "argument"]
+    arguments = [
+        param.make_metavar(Context(command)) for param in command.params if param.param_type_name == "argument"
+    ]
     options = sorted(max(param.opts, key=len) for param in command.params if param.param_type_name == "option")
     expected = COMMANDS[name]
     assert [text.strip("[]") for text in arguments] == [e.strip("[]") for e in expected if not e.startswith("--")]
@@ -115,8 +117,16 @@ def wrapped(outer: BaseException, inner: BaseException) -> BaseException:
         (PermissionError(errno.EACCES, "Permission denied", "c.txt"), 2, "c.txt: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device", "d.bin"), 2, "d.bin: the disk is full"),
         (OSError(errno.EFBIG, "File too large"), 2, "run the same command to go on"),
-        (wrapped(RuntimeError("save failed"), OSError(errno.ENOSPC, "No space left", "e.bin")), 2, "e.bin: the disk is full"),
-        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0: file write failed"), 2, "disk is full"),
+        (
+            wrapped(RuntimeError("save failed"), OSError(errno.ENOSPC, "No space left", "e.bin")),
+            2,
+            "e.bin: the disk is full",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0: file write failed"),
+            2,
+            "disk is full",
+        ),
         (KeyboardInterrupt(), 130, "run the same command to go on"),
     ],
 )

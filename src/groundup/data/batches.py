@@ -18,6 +18,8 @@ from groundup.base.seeds import derive_seed
 from groundup.data.shards import TokenShards
 
 Int64s = NDArray[np.int64]
+PADDING_ID = 0
+"""What fills up rows; never a target, so any id would do."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class TokenBatches:
 
     def build(self, ids: Int64s) -> Batch:
         """The windows of these numbers, as they lie in the corpus; (len(ids), T)."""
-        tokens = np.zeros((len(ids), self.context + 1), dtype=np.int64)
+        tokens = np.full((len(ids), self.context + 1), PADDING_ID, dtype=np.int64)
         is_target = np.zeros((len(ids), self.context), dtype=bool)
         document_ids = np.full((len(ids), self.context + 1), self.shards.num_documents, dtype=np.int64)
         for row, window in enumerate(ids.tolist()):

@@ -16,11 +16,10 @@ from groundup.base.errors import UserError
 from groundup.base.progress import track
 from groundup.base.records import Dialogue
 from groundup.base.seeds import derive_seed
-from groundup.data.batches import Batch, Int64s, ceil_div, fill_micro_batches, permute, positions_within
+from groundup.data.batches import PADDING_ID, Batch, Int64s, ceil_div, fill_micro_batches, permute, positions_within
 from groundup.text.chat import ChatFormat
 
 TooLong = Literal["drop", "truncate"]
-PADDING_ID = 0
 
 
 @dataclass

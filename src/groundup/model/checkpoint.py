@@ -22,7 +22,7 @@ from groundup.model.transformer import Transformer
 from groundup.model.weights import gguf, hf, layout, llama2c, meta
 from groundup.model.weights.gguf import Quantisation
 from groundup.model.weights.layout import WeightsFile
-from groundup.text.chat import ChatFormat, chat_from_template, load_chat_format
+from groundup.text.chat import ChatFormat, chat_format_from_template, load_chat_format
 from groundup.text.tokenizer import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -178,7 +178,7 @@ def _open_meta(path: Path, tokenizer: Path | None) -> Opened:
 def _open_gguf(path: Path, tokenizer: Path | None) -> Opened:
     weights, fields = gguf.open_gguf(path)
     vocabulary = load_tokenizer(tokenizer) if tokenizer else tokenizer_from_gguf_fields(fields)
-    return weights, vocabulary, chat_from_template(fields.get(_GGUF_TEMPLATE), vocabulary)
+    return weights, vocabulary, chat_format_from_template(fields.get(_GGUF_TEMPLATE), vocabulary)
 
 
 def _open_llama2c(path: Path, tokenizer: Path | None) -> Opened:
@@ -188,7 +188,7 @@ def _open_llama2c(path: Path, tokenizer: Path | None) -> Opened:
     if tokenizer is None and not beside:
         raise UserError(f"{path}: no tokenizer beside it (looked for {', '.join(names)})", "give its path as tokenizer")
     vocabulary = load_tokenizer(tokenizer or beside[0])
-    return weights, vocabulary, chat_from_template(None, vocabulary)
+    return weights, vocabulary, chat_format_from_template(None, vocabulary)
 
 
 _OPENERS: dict[Format, Callable[[Path, Path | None], Opened]] = {

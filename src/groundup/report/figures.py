@@ -1,4 +1,4 @@
-"""Figures as inline SVG that follows the page: text in the page's font and colour, transparent ground, no external files."""
+"""Figures as inline SVG that follows the page: text in its font and colour, a transparent ground, no other files."""
 
 import html
 import io

@@ -1,4 +1,4 @@
-"""One HTML page about a run: everything on it comes from the artifacts' manifests and logs, nothing from the network."""
+"""One HTML page about a run: all of it comes from the artifacts' manifests and logs, nothing from the network."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -21,7 +21,7 @@ from groundup.train.optim import make_optimizer
 MEASURED_BELOW_PARAMETERS = 200_000_000
 MICRO_STEP_SECONDS = 6.0
 ASSUMED_UTILISATION = 0.4
-"""Share of the matmul rate that training reaches where it is not measured; the paper's own runs reached 0.35 to 0.43."""
+"""Share of the matmul rate that training reaches where it is not measured; the paper's runs reached 0.35 to 0.43."""
 
 
 @dataclass(frozen=True)

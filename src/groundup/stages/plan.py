@@ -9,20 +9,23 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from groundup.base.artifacts import Artifact
 from groundup.base.progress import console
 from groundup.data.curate import CurateConfig
+from groundup.data.packages import cache_folder
 from groundup.data.readers import source_bytes
+from groundup.data.sources import find_source, package_of, read_source_dialogues
 from groundup.model.config import ModelConfig, flops_per_token, num_parameters
+from groundup.model.weights.hf_config import read_hf_config
 from groundup.stages.calibrate import ASSUMED_UTILISATION, Machine, free_disk_bytes
 from groundup.stages.import_model import ImportConfig
 from groundup.stages.pipeline import Pipeline, Stage, work_folder
+from groundup.stages.plan_table import StagePlan, notes, plan_table
 from groundup.stages.pretrain import PretrainConfig
 from groundup.stages.report import ReportConfig
 from groundup.stages.sft import SFTConfig
@@ -44,22 +47,9 @@ STATE_BYTES = 16
 CHECKPOINT_BYTES = 12
 """A parameter in a training checkpoint: weight and moments."""
 GPU_BYTES = 80e9
-
-
-@dataclass
-class StagePlan:
-    """One row of the plan; None is what nobody can know before earlier stages have run."""
-
-    stage: str
-    artifact: str
-    state: str
-    parameters: int | None = None
-    tokens: float | None = None
-    flops: float | None = None
-    memory_bytes: float | None = None
-    disk_bytes: float | None = None
-    seconds: float | None = None
-    notes: list[str] = field(default_factory=list)
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2}
+DECODE_PARAMETERS_PER_SECOND = 4e9
+"""Weights read a second while sampling; about 16 GB/s."""
 
 
 def bytes_per_token(vocab_size: int) -> float:
@@ -167,3 +157,107 @@ class Planner:
         if self.corpus_tokens is not None and self.vocab_size is not None:
             row.tokens = self.corpus_tokens
             row.disk_bytes = self.corpus_tokens * (2 if self.vocab_size <= 1 << 16 else 4)
+
+    def _pretrain(self, row: StagePlan, config: PretrainConfig, artifact: Artifact | None) -> None:
+        if self.vocab_size is None:
+            row.notes.append("vocabulary size unknown: the recipe has no tokenizer section")
+            return
+        self.model = config.model.resolve(self.vocab_size, config.seq_len)
+        self._training(row, config, self.corpus_tokens, BYTES_OF_DTYPE[config.save_dtype])
+        if self.corpus_tokens and row.tokens and row.tokens > 4 * self.corpus_tokens:
+            row.notes.append(f"reads the corpus {row.tokens / self.corpus_tokens:.1f} times")
+
+    def _import(self, row: StagePlan, config: ImportConfig, artifact: Artifact | None) -> None:
+        if artifact is None:
+            row.notes.append(f"shape unknown before {config.source} is read")
+            return
+        self.model = read_hf_config(artifact.file("config.json"))
+        row.parameters = num_parameters(self.model)
+
+    def _sft(self, row: StagePlan, config: SFTConfig, artifact: Artifact | None) -> None:
+        sizes = [_dialogue_bytes(source) for source in config.dialogues]
+        unknown = [source for source, size in zip(config.dialogues, sizes, strict=True) if size is None]
+        if config.steps is None and unknown:
+            row.notes.append(f"size unknown before it is fetched or read: {', '.join(unknown)}")
+        if self.model is None:
+            row.notes.append("the model's shape is unknown")
+            return
+        dialogue_tokens = None
+        if not unknown:
+            dialogue_tokens = sum(size or 0 for size in sizes) / bytes_per_token(self.model.vocab_size)
+        self._training(row, config, dialogue_tokens, BYTES_OF_DTYPE[config.save_dtype])
+
+    def _training(self, row: StagePlan, train: TrainConfig, epoch_tokens: float | None, saved_bytes: int) -> None:
+        assert self.model is not None
+        row.parameters = num_parameters(self.model)
+        row.memory_bytes = training_memory_bytes(self.model, train)
+        row.disk_bytes = row.parameters * (CHECKPOINT_BYTES * (train.keep_checkpoints + 1) + saved_bytes)
+        step_tokens = train.batch_rows * train.seq_len
+        if train.steps is None and epoch_tokens is None:
+            return
+        steps = train.total_steps(math.ceil((epoch_tokens or 0) / step_tokens))
+        row.tokens = float(steps * step_tokens)
+        row.flops = row.tokens * flops_per_token(self.model, train.seq_len)
+        if row.state == "finished":
+            return
+        fits = row.memory_bytes < self.machine.memory_bytes
+        rate = self.machine.training_rate(self.model, train, measure=self.measure and fits)
+        row.seconds = row.tokens / rate.tokens_per_second
+        how = "measured" if rate.is_measured else f"assumed: {ASSUMED_UTILISATION:.0%} of this machine's matmul rate"
+        row.notes.append(f"{steps:,} steps of {step_tokens:,} tokens; {rate.tokens_per_second:,.3g} tokens/s ({how})")
+
+    def _report(self, row: StagePlan, config: ReportConfig, artifact: Artifact | None) -> None:
+        row.disk_bytes, row.seconds = 1e6, 5.0
+        if self.model is not None and config.prompts:
+            tokens = len(config.prompts) * config.max_new_tokens
+            row.memory_bytes = PROCESS_BYTES + 8 * num_parameters(self.model)
+            row.seconds += tokens * num_parameters(self.model) / DECODE_PARAMETERS_PER_SECOND
+
+
+def _dialogue_bytes(source: str) -> int | None:
+    """Size of a source of dialogues; None for a named source that has not been fetched yet, and for a missing path."""
+    known = source_bytes(source)
+    entry = find_source(source) if known is not None and not Path(source).exists() else None
+    if entry is None:
+        return known
+    if not (cache_folder() / package_of(entry).archive).exists():
+        return None
+    return sum(len(message.content) for dialogue in read_source_dialogues(source) for message in dialogue.messages)
+
+
+def show_plan(pipeline: Pipeline, *, as_json: bool) -> None:
+    """The whole plan on standard output."""
+    machine = Machine()
+    rows = Planner(pipeline, machine, measure=True).plan(pipeline.select(None))
+    disk_free = free_disk_bytes(pipeline.out)
+    if as_json:
+        facts = {
+            "machine": {
+                "name": machine.name, "memory_bytes": machine.memory_bytes, "disk_free_bytes": disk_free,
+                "matmul_flops_per_second": machine.matmul_flops,
+            },
+            "stages": [dataclasses.asdict(row) for row in rows],
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2))
+        return
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.matmul_flops.items())
+    out = Console()
+    out.print(
+        f"{machine.name}, {machine.memory_bytes / 1e9:.1f} GB of memory free, {disk_free / 1e9:,.1f} GB of disk free; "
+        f"one large matmul: {rates}",
+        highlight=False,
+    )
+    out.print(plan_table(rows, detailed=True))
+    for line in notes(rows):
+        out.print(line, highlight=False, soft_wrap=True)
+    needed = sum(row.disk_bytes or 0 for row in rows if row.state != "finished")
+    if needed > disk_free:
+        out.print(
+            f"warning: {needed / 1e9:,.1f} GB of disk are needed, {disk_free / 1e9:,.1f} GB are free at {pipeline.out}"
+        )
+
+
+def show_short_plan(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
+    """What `run` is about to do, on standard error; rates come from one matrix product, so it takes a second."""
+    rows = Planner(pipeline, Machine(), measure=False).plan(stages)
+    console.print(plan_table(rows, detailed=False))

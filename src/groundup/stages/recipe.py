@@ -17,8 +17,8 @@ from groundup.stages.tokenizer import TokenizerConfig
 class Recipe(Config):
     """All keys a recipe may have. A stage whose section is absent does not run.
 
-    Choice: relative paths in a recipe are relative to the current directory, as on any command line, so that an override
-    means what it says where it is typed.
+    Choice: relative paths in a recipe are relative to the current directory, as on any command line, so that an
+    override means what it says where it is typed.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

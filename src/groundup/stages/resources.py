@@ -56,8 +56,8 @@ def lock_folder(out: Path) -> Iterator[None]:
 def describe_raw_input(path: Path) -> dict[str, Any]:
     """Path, number of files, bytes, and a digest of every file's name, size and modification time.
 
-    Choice: not the content, so that a terabyte of text is checked in seconds; a file that is rewritten in place with the
-    same size and the same time goes unnoticed.
+    Choice: not the content, so that a terabyte of text is checked in seconds; a file that is rewritten in place with
+    the same size and the same time goes unnoticed.
     """
     if path.is_dir():
         files = sorted(found for found in path.rglob("*") if found.is_file())
@@ -85,8 +85,8 @@ class Cost:
     def so_far(self, world_size: int) -> dict[str, Any]:
         """Seconds, and an estimate of energy in kWh.
 
-        Choice: like the paper, power times time, with no cooling, memory or idle power: each busy CPU core counts as 10 W,
-        each rank that used a GPU as 400 W (the cap of the paper's A100s). Time before a kill is not counted.
+        Choice: like the paper, power times time, with no cooling, memory or idle power: each busy CPU core counts as
+        10 W, each rank that used a GPU as 400 W (the cap of the paper's A100s). Time before a kill is not counted.
         """
         wall_seconds, cpu_seconds = time.monotonic() - self.wall, _cpu_seconds() - self.cpu
         gpu_seconds = wall_seconds * world_size if _uses_gpu() else 0.0

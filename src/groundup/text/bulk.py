@@ -29,7 +29,7 @@ def bulk_encoder(
     """A function that encodes many texts, several times faster than sentencepiece; None where it cannot be used.
 
     Why: fastokens finds pieces by their spelling. Where a vocabulary lacks the characters of a control token's name, it
-    takes that name in a text for the token, so such a vocabulary is left to the slower library, and so is any that fails
+    takes that name in a text for the token, so such a vocabulary is left to the slower library, as is any that fails
     the probes. The ids come back as int32 views of one buffer: making Python integers would take most of the time.
     """
     if fastokens is None or not _spells_unmerged_pieces(json.loads(tokenizer_json)):

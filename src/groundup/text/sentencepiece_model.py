@@ -46,8 +46,8 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
     Source: section 2.2 (32k BPE, numbers split into digits, bytes for unknown characters); the other settings are those
     stored in Meta's released model file.
     Choice: of a corpus of more than ten million lines a random sample of that many is used, drawn with `seed` (Meta's
-    limit was 200 million). Lines over 16,000 characters are cut at a space where there is one, because the trainer drops
-    or refuses them otherwise. Printable ASCII is always in the vocabulary, whatever the corpus: chat tags and code need it.
+    limit was 200 million). Lines over 16,000 characters are cut at a space where there is one; the trainer would drop
+    or refuse them. Printable ASCII is always in the vocabulary, whatever the corpus: chat tags and code need it.
     Raises: UserError for an empty corpus, and for a vocabulary larger or smaller than the corpus allows.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
         try:
             sentencepiece.SentencePieceTrainer.train(
                 input=str(lines), model_writer=buffer, vocab_size=vocab_size, model_type="bpe",
-                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.99995, required_chars=_ASCII,
+                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.99995,
+                required_chars=_ASCII,
                 normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
                 unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
                 input_sentence_size=_SAMPLED_LINES, shuffle_input_sentence=True,

@@ -5,7 +5,8 @@ import pytest
 
 from groundup.base.errors import UserError
 from groundup.base.records import Dialogue, Message
-from groundup.data.packing import PADDING_ID, PackedBatches, pack
+from groundup.data.batches import PADDING_ID
+from groundup.data.packing import PackedBatches, pack
 from groundup.text.chat import Llama2Chat
 from groundup.text.tokenizer import load_tokenizer
 

@@ -30,11 +30,11 @@ def test_loss_documents_and_control_tokens_show_in_plain_text(tokenizer):
         "document 0",
         "       | ⟨<s>⟩ [INST] Hi [/INST]",
         "  loss |  Hello↵",
-        "       | you⟨</s>⟩",
+        "  loss | you⟨</s>⟩",
         "document 1",
         "       | ⟨<s>⟩ [INST] Hi [/INST]",
         "  loss |  Hello↵",
-        "       | you⟨</s>⟩",
+        "  loss | you⟨</s>⟩",
         "document 2",
         "       | ⟨0⟩×9",
     ]
@@ -45,6 +45,8 @@ def test_target_tokens_are_coloured_and_nothing_else_is_green(tokenizer):
     text = render_row(batch_of(prompt + answer, [False] * len(prompt) + [True] * len(answer)), 0, tokenizer)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
     assert green == " reply⟨</s>⟩"
+    reverse = [text.plain[span.start : span.end] for span in text.spans if "reverse" in str(span.style)]
+    assert reverse == ["⟨<s>⟩", "⟨</s>⟩"]
     console = Console(force_terminal=True, color_system="standard", width=200)
     with console.capture() as capture:
         console.print(text)
@@ -55,6 +57,11 @@ def test_brackets_in_the_text_are_not_markup(tokenizer):
     ids = [1, *tokenizer.encode("[red]not red[/red] [/INST]")]
     text = render_row(batch_of(ids, [False] * len(ids)), 0, tokenizer)
     assert "[red]not red[/red] [/INST]" in text.plain
+
+
+def test_a_text_cannot_steer_the_terminal(tokenizer):
+    ids = [1, *tokenizer.encode("a\x1b[2Jb\rc")]
+    assert r"a\x1b[2Jb\x0dc" in render_row(batch_of(ids, [False] * len(ids)), 0, tokenizer).plain
 
 
 def test_characters_of_several_tokens_are_whole(tokenizer):

@@ -206,6 +206,18 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
     assert canary.exists(), "the test's own pickle is harmless, so it proves nothing"
 
 
+def test_quantised_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    tensors = {**tensors_of(folder), "model.norm.weight": torch.zeros(32, dtype=torch.int8)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has type I8"):
+        hf.open_hf(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is of type torch\.int8"):
+        hf.open_hf(folder)
+
+
 def test_a_wrong_shape_names_the_tensor(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     rewrite(folder, model__layers__1__mlp__down_proj__weight=torch.zeros(32, 47))

@@ -112,7 +112,9 @@ def fake_run(out: Path) -> dict[str, Artifact]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     tmp_path = tmp_path_factory.mktemp("page")
     chats = [
-        SampleChat("sft-v1", (Message("system", "Be kind."), Message("user", HOSTILE), Message("assistant", "Hi!\nOk."))),
+        SampleChat(
+            "sft-v1", (Message("system", "Be kind."), Message("user", HOSTILE), Message("assistant", "Hi!\nOk."))
+        ),
         SampleChat("sft-v1", (Message("user", "What is rain?"), Message("assistant", "Water " * 60))),
     ]
     write_page(tmp_path / "index.html", "quickstart", "A <small> run.", fake_run(tmp_path / "run"), chats)

@@ -24,6 +24,7 @@ BLOCK_PARTS = (ATTENTION_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W3, W2)
 
 _FUSED = {"attention.wqkv.weight": (WQ, WK, WV), "ffn.w13.weight": (W1, W3)}
 _SHOWN_NAMES = 4
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)

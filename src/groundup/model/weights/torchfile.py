@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from groundup.base.errors import CorruptFile, UserError
-from groundup.model.weights.layout import Stored
+from groundup.model.weights.layout import FLOAT_TYPES, Stored
 
 
 def open_torch_file(path: Path) -> dict[str, Stored]:
@@ -28,6 +28,11 @@ def open_torch_file(path: Path) -> dict[str, Stored]:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a mapping of names to tensors", "is this a file of weights?")
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOAT_TYPES or tensor.layout != torch.strided:
+            raise UserError(
+                f"{path}: tensor {name} is of type {tensor.dtype} ({tensor.layout}), not plain floating point"
+            )
     return {str(name): _stored(tensor) for name, tensor in state.items()}
 
 
