@@ -178,6 +178,91 @@ _stage_command("sft-v2", ("sft_v2",), "Stage: the second, small and clean phase 
 _stage_command("report", ("report",), "Stage: everything a run made -> one HTML page.")
 
 
+Prompt = Annotated[str, typer.Option("--prompt", help="What to say, or to continue with --raw.", show_default=False)]
+System = Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the smallest set of tokens with this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from so many tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes answers repeatable.", show_default=False)]
+WeightsOption = Annotated[str, typer.Option("--weights", help="as is, fp32, bf16, int8 or int4.")]
+
+
+@app.command(epilog="Example: groundup chat runs/quickstart --system 'Answer in one sentence.'")
+def chat(
+    model: ModelArg,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    weights: WeightsOption = "as is",
+) -> None:
+    """Talk to a model in the terminal."""
+    from groundup.base.generation import SamplingParams
+    from groundup.stages.chat import chat as run_chat
+    from groundup.stages.models import resolve_model
+
+    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed=seed)
+    run_chat(resolve_model(model), params, system=system, weights=weights)
+
+
+@app.command(epilog="Example: groundup generate runs/quickstart --prompt 'What is rain?'")
+def generate(
+    model: ModelArg,
+    prompt: Prompt,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of answering it.")] = False,
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Independent answers.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    weights: WeightsOption = "as is",
+) -> None:
+    """Answer one prompt, or continue one text, on standard output."""
+    from groundup.base.generation import SamplingParams
+    from groundup.stages.generate import generate as run_generate
+    from groundup.stages.models import resolve_model
+
+    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, num_samples, seed, tuple(stop or ()))
+    for text in run_generate(resolve_model(model), prompt, params, system=system, raw=raw, weights=weights):
+        typer.echo(text)
+
+
+@app.command(epilog="Example: groundup convert runs/quickstart model.gguf --to gguf --quantisation q8_0")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model, as for chat.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new file or folder.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="hf, meta, gguf or llama2c.", show_default=False)],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="hf, meta: float32, bfloat16 or float16.", show_default=False)
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option("--shards", help="meta: number of model-parallel files.", show_default=False)
+    ] = None,
+    quantisation: Annotated[
+        str | None, typer.Option("--quantisation", help="gguf: f32, f16, bf16 or q8_0.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Use this one instead of the model's.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a model in another format."""
+    from groundup.stages.convert import convert_model
+    from groundup.stages.models import resolve_model
+
+    convert_model(
+        resolve_model(source), target, to, dtype=dtype, shards=shards, quantisation=quantisation, tokenizer=tokenizer
+    )
+    typer.echo(target)
+
+
 @app.command("show-batch", epilog="Example: groundup show-batch recipes/quickstart.yaml sft-v1 --rows 2")
 def show_batch(
     recipe: RecipeArg,

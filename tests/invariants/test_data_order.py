@@ -77,7 +77,9 @@ def test_200_random_stops_with_other_ranks_and_micro_batches_give_the_same_rows(
 
 def test_an_epoch_of_windows_repeats_none_and_skips_none():
     batches = token_batches()
-    seen = [row[0][0] // CONTEXT for step in range(3 * NUM_WINDOWS // BATCH_ROWS) for row in rows_of(batches, step, 2, 3)]
+    seen = [
+        row[0][0] // CONTEXT for step in range(3 * NUM_WINDOWS // BATCH_ROWS) for row in rows_of(batches, step, 2, 3)
+    ]
     for epoch in range(2):
         here = seen[epoch * NUM_WINDOWS : (epoch + 1) * NUM_WINDOWS]
         assert sorted(here) == list(range(NUM_WINDOWS)), f"epoch {epoch}"

@@ -113,7 +113,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     B, V = logits.shape
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     padded = F.pad(weights, (0, -V % _BLOCK)) if V % _BLOCK else weights
-    blocks = padded.view(B, -1, _BLOCK)
+    blocks = padded.unflatten(1, (-1, _BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     block = _invert(sums, uniforms)
     before = sums.cumsum(-1).gather(1, block[:, None])[:, 0] - sums.gather(1, block[:, None])[:, 0]

@@ -54,10 +54,14 @@ def write_page(
         trainings=[training for artifact in artifacts.values() if (training := _training(artifact))],
         data=_data(artifacts),
         metrics={key: dict(flatten(a.metrics)) for key, a in artifacts.items() if a.metrics},
-        configs={key: yaml.safe_dump(a.manifest["config"], sort_keys=False, allow_unicode=True) for key, a in artifacts.items()},
+        configs={key: _as_yaml(a.manifest["config"]) for key, a in artifacts.items()},
         lineage=[_lineage_row(key, artifact) for key, artifact in artifacts.items()],
     )  # fmt: skip
     write_text(path, text)
+
+
+def _as_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def duration(seconds: float) -> str:

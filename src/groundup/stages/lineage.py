@@ -22,7 +22,8 @@ def find_artifact(path: Path) -> Path:
     made = [artifact for artifact in found if artifact.kind != "report"]
     if not made:
         raise UserError(f"{path}: holds no finished artifact", "groundup run makes them")
-    return max(made, key=lambda artifact: str(artifact.manifest["finished_at"])).path
+    # Times in manifests are whole seconds; small stages take less.
+    return max(made, key=lambda a: (a.manifest["finished_at"], (a.path / MANIFEST).stat().st_mtime_ns)).path
 
 
 def lineage_tree(path: Path) -> Tree:
@@ -56,18 +57,21 @@ def _label(path: Path, manifest: dict[str, Any]) -> Text:
         return Text.assemble(
             (str(path), "cyan"), f"  {count}{manifest['bytes']:,} bytes" if "bytes" in manifest else ""
         )
-    label = Text.assemble((path.name, "bold"), f"  {manifest['kind']} {manifest['id'][:12]}  stage {manifest['stage']}")
-    label.append(
-        f"  seed {manifest['seed']}  {manifest['finished_at']}  {manifest['cost']['wall_seconds']:.1f} s", "dim"
-    )
-    for name in _named_sources(manifest["config"]):
+    label = Text.assemble((path.name, "bold"), f"  {manifest['kind']} {manifest['id'][:12]}")
+    label.append(f"  {manifest['finished_at']}, {manifest['cost']['wall_seconds']:.1f} s", "dim")
+    for name in _named_sources(manifest):
         label.append(f"\n  reads {name}", "dim")
     return label
 
 
-def _named_sources(config: dict[str, Any]) -> list[str]:
-    """What a stage's config calls its sources, as typed: pinned packages have no file of their own in the inputs."""
-    if "sources" not in config:
-        return [config["source"]] if isinstance(config.get("source"), str) else []
-    sources = config["sources"]
-    return [entry["source"] if isinstance(entry, dict) else str(entry) for entry in sources]
+def _named_sources(manifest: dict[str, Any]) -> list[str]:
+    """Named sources that a stage's config lists: pinned packages have no file of their own among the inputs."""
+    config = manifest["config"]
+    entries = config.get("sources") or config.get("dialogues") or config.get("source") or []
+    names = [entry["source"] if isinstance(entry, dict) else entry for entry in _as_list(entries)]
+    files = {entry["path"] for entry in manifest["inputs"].values()}
+    return [name for name in names if str(Path(name).expanduser().resolve()) not in files]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,8 +1,8 @@
 """The pipeline: which stages there are, what feeds them, and how one runs so that a kill costs nothing but time.
 
 A stage module holds `class XConfig(Config)`, `run(config, job) -> metrics` and, where they say something,
-`VERSION: int` (raise it when the same config and inputs give other files), `raw_inputs(config) -> list[Path]` (files and
-folders outside the run that the config names) and `batches(config, job) -> BatchSource` (what it trains on).
+`VERSION: int` (raise it when the same config and inputs give other files), `raw_inputs(config) -> list[Path]` (files
+and folders outside the run that the config names) and `batches(config, job) -> BatchSource` (what it trains on).
 """
 
 import importlib
@@ -109,7 +109,7 @@ class Pipeline:
         raise UserError(f"--until {until}: the recipe makes no such artifact", f"it makes {known}")
 
     def input_names(self, stage: Stage) -> dict[str, str]:
-        """Role -> artifact name: the best one that the recipe makes, else the best one that lies in the run's folder."""
+        """Role -> artifact name: the best one that the recipe makes, else the best that lies in the run's folder."""
         made = [other.artifact for other in self.stages]
         if stage.takes_all:
             before = made[: made.index(stage.artifact)] if stage.artifact in made else made

@@ -101,6 +101,7 @@ class Planner:
         self._estimates[stage.key](row, self.pipeline.config(stage), artifact)
         if artifact is not None:
             row.seconds = 0.0
+            row.disk_bytes = float(sum(entry["bytes"] for entry in artifact.manifest["files"].values()))
         elif row.memory_bytes is not None and row.memory_bytes > self.machine.memory_bytes:
             row.notes.append(self._too_large(row.memory_bytes))
         return row
@@ -112,8 +113,8 @@ class Planner:
         gpus = math.ceil(memory_bytes / (0.9 * GPU_BYTES))
         have = f"this machine has {self.machine.memory_bytes / 1e9:,.1f} GB free ({self.machine.name})"
         return (
-            f"does not fit here: needs {memory_bytes / 1e9:,.1f} GB, {have}; with torchrun and parallel: fsdp it spreads "
-            f"over {gpus} or more GPUs of 80 GB"
+            f"does not fit here: needs {memory_bytes / 1e9:,.1f} GB, {have}; with torchrun and parallel: fsdp it "
+            f"spreads over {gpus} or more GPUs of 80 GB"
         )
 
     def _curate(self, row: StagePlan, config: CurateConfig, artifact: Artifact | None) -> None:

@@ -93,7 +93,7 @@ class Llama2Chat:
 
 
 def _exchanges(messages: Sequence[Message], last: str, on_tag: OnTag) -> tuple[list[str], list[str]]:
-    """The users' and the assistant's texts, stripped as Meta's code does; the system text is part of the first user's."""
+    """The users' and the assistant's texts, stripped as Meta's code does; the system text is in the first user's."""
     check_roles(messages, last)
     contents = [_guard(message.content, position, on_tag) for position, message in enumerate(messages, 1)]
     if messages[0].role == "system":
@@ -136,8 +136,8 @@ class TemplateChat:
     """The format that a model's own Jinja template describes, such as ChatML.
 
     Why: in a rendered template, a control token's name in a message looks the same as one of the frame. So the
-    characters that start and end such names are replaced in the messages before rendering, by characters that no message
-    has, and put back before the pieces between the frame's control tokens are encoded as plain text.
+    characters that start and end such names are replaced in the messages before rendering, by characters that no
+    message has, and put back before the pieces between the frame's control tokens are encoded as plain text.
     """
 
     name = "template"
@@ -187,14 +187,14 @@ class TemplateChat:
             elif message.role == "assistant":
                 response = _after(self._render(hidden[:index], prompt=False), written)
                 # What follows the token that ends the response (ChatML's line break) is no part of it.
-                before, end, rest = response.rpartition(self._end) if self._end else (response, "", "")
-                writer.add(before + end, is_target=True)
-                writer.add(rest, is_target=False)
+                end = response.rindex(self._end) + len(self._end) if self._end in response else len(response)
+                writer.add(response[:end], is_target=True)
+                writer.add(response[end:], is_target=False)
                 written += response
         return writer.ids, writer.is_target
 
     def _disguise(self, messages: Sequence[Message]) -> tuple[dict[int, str], dict[int, str]]:
-        """Tables for `str.translate` that hide the edges of control names behind unused characters, and show them again."""
+        """Tables for `str.translate` that hide the edges of control names behind unused characters, and back."""
         used = {character for message in messages for character in message.content}
         free = (character for character in map(chr, range(0xF0000, 0xFFFFE)) if character not in used)
         pairs = list(zip(self._edges, free))

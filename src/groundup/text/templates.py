@@ -6,7 +6,7 @@ The sandbox keeps a template from reaching Python; the limits below keep it from
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -45,7 +45,7 @@ class _TickInLoops(Extension):
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for transformers; for the text itself it means nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # declared so by the base class
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

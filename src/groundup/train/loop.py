@@ -102,8 +102,7 @@ def fit(
     with run.log_and_progress():
         for step in range(run.done.step, run.total_steps):
             row = run.take_step(step)
-            row |= run.call_back(step + 1, evaluate, sample)
-            run.finish_step(step + 1, row)
+            run.finish_step(step + 1, row, run.call_back(step + 1, evaluate, sample))
     # So that what comes after draws the same numbers whether or not this process took the last step.
     seed_step(seed, run.total_steps, run.ranks.rank)
     return run.result()
@@ -236,10 +235,12 @@ class _Run:
         reshard(self.model)
         return row
 
-    def finish_step(self, step: int, row: dict[str, Any]) -> None:
-        """Log the step, and write a checkpoint if one is due."""
+    def finish_step(self, step: int, row: dict[str, Any], from_callbacks: dict[str, Any]) -> None:
+        """Log the step if that is due or it has something special to say; write a checkpoint if one is due."""
         is_last = step == self.total_steps
-        if is_last or _is_due(step, self.config.log_every_steps) or not row.keys().isdisjoint(("sample", "skipped")):
+        is_special = bool(from_callbacks) or row["skipped"] is not None
+        row |= from_callbacks
+        if is_last or is_special or _is_due(step, self.config.log_every_steps):
             row |= self.meter.read()
             self.done.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
             if self.metrics is not None:

@@ -17,7 +17,9 @@ CONTEXT = 16
 
 @pytest.fixture(scope="module")
 def model():
-    model = Transformer(ModelConfig(vocab_size=512, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64))
+    model = Transformer(
+        ModelConfig(vocab_size=512, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64)
+    )
     model.init_weights(0)
     return model.double()
 
@@ -37,7 +39,9 @@ def slow_nats(model, ids, first_seen):
     return total
 
 
-@pytest.mark.parametrize(("num_ids", "stride"), [(2, 4), (10, 4), (17, 4), (18, 4), (50, 4), (50, 16), (49, 1), (50, 7)])
+@pytest.mark.parametrize(
+    ("num_ids", "stride"), [(2, 4), (10, 4), (17, 4), (18, 4), (50, 4), (50, 16), (49, 1), (50, 7)]
+)
 def test_strided_windows_equal_one_pass_a_token(model, num_ids, stride):
     ids = np.random.default_rng(0).integers(3, 512, num_ids).tolist()
 

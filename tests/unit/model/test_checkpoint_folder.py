@@ -17,14 +17,13 @@ from groundup.text.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Pi
 from groundup.text.sentencepiece_model import build_model as build_pieces
 from groundup.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
-WORDS = ["▁", *"helo wrd", "▁h", "▁w", "el", "lo", "or", "ld", "▁hel", "▁wor", "▁hello", "▁world"]
+WORDS = ["▁", *"helowrd", "▁h", "▁w", "el", "lo", "or", "ld", "▁hel", "▁wor", "▁hello", "▁world"]
 
 
 def make_tokenizer() -> Tokenizer:
     pieces = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
     pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    words = list(dict.fromkeys(word for word in WORDS if word != " "))
-    pieces += [Piece(word, -float(rank), NORMAL) for rank, word in enumerate(sorted(words, key=len, reverse=True))]
+    pieces += [Piece(word, -float(rank), NORMAL) for rank, word in enumerate(sorted(WORDS, key=len, reverse=True))]
     return SentencePieceTokenizer(build_pieces(pieces, unk_id=0, bos_id=1, eos_id=2))
 
 

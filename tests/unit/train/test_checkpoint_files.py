@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-import groundup.base.files
 import groundup.train.checkpoint
 from groundup.base.errors import CorruptFile, UserError
 from groundup.train.checkpoint import Checkpoints
@@ -70,7 +69,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     assert names == ["manifest.json", "model-00000.safetensors", "optimizer-00000.safetensors", "state.json"]
 
 
-def crash_at(count: int, work: Callable[[], object], before_rename: Callable[[Path], None] = lambda path: None) -> bool:
+def crash_at(count: int, work: Callable[[], object]) -> bool:
     """Run `work` in a child process that dies without a word at its `count`-th file operation; True if it got so far."""
     child = os.fork()
     if child == 0:

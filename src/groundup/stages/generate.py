@@ -1,0 +1,40 @@
+"""What `groundup generate` does: one prompt in, texts out."""
+
+import dataclasses
+from pathlib import Path
+
+from groundup.base.errors import UserError
+from groundup.base.generation import SamplingParams
+from groundup.base.records import Message
+from groundup.infer.engine import Engine
+from groundup.infer.quantize import WEIGHTS, Weights
+from groundup.model.checkpoint import load_checkpoint
+
+
+def generate(
+    path: Path, prompt: str, params: SamplingParams, *, system: str | None, raw: bool, weights: str
+) -> list[str]:
+    """The model's answers to a prompt, or its continuations of a text with `raw`; `params.num_samples` of them."""
+    if raw and system is not None:
+        raise UserError("--system has no place in --raw text", "leave out one of the two")
+    form = weights_form(weights)
+    checkpoint = load_checkpoint(path)
+    if raw:
+        ids, stop_ids = (
+            [checkpoint.tokenizer.bos_id, *checkpoint.tokenizer.encode(prompt)],
+            (checkpoint.tokenizer.eos_id,),
+        )
+    else:
+        messages = [Message("user", prompt)] if system is None else [Message("system", system), Message("user", prompt)]
+        ids, stop_ids = checkpoint.chat.encode_prompt(messages), checkpoint.chat.stop_ids
+    engine = Engine(checkpoint.model, checkpoint.tokenizer, max_slots=min(params.num_samples, 32), weights=form)
+    completions = engine.generate([ids], dataclasses.replace(params, stop_ids=stop_ids))[0]
+    return [completion.text for completion in completions]
+
+
+def weights_form(name: str) -> Weights:
+    """A form of weights by its name."""
+    for form in WEIGHTS:
+        if form == name:
+            return form
+    raise UserError(f"--weights {name!r} is not known", f"one of: {', '.join(WEIGHTS)}")

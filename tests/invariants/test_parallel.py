@@ -1,0 +1,85 @@
+"""Two ranks train as one does, however unevenly targets lie, and continue each other's checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from groundup.base.metrics import METRICS_FILE, read_metrics
+
+WORKER = Path(__file__).with_name("training_worker.py")
+RUNS = ("ddp:ddp:7:untied", "fsdp:fsdp:7:untied", "ddp:ddp-tied:7:tied", "fsdp:fsdp-tied:7:tied")
+
+
+def launch(folder: Path, jobs: tuple[str, ...], ranks: int) -> None:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += [str(WORKER), "train", str(folder), *jobs]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-6000:]
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(folder / "logs" / METRICS_FILE)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    launch(folder / "one", (RUNS[0], RUNS[2]), 1)
+    launch(folder / "two", RUNS, 2)
+    return folder
+
+
+def assert_same_training(one: Path, other: Path, rel: float = 1e-6) -> None:
+    for mine, theirs in zip(losses(one), losses(other), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=rel)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * rel)
+        assert ("held_out_loss" in mine) == ("held_out_loss" in theirs) == (mine["step"] in (4, 7))
+        assert mine.get("held_out_loss", 0) == pytest.approx(theirs.get("held_out_loss", 0), rel=rel)
+        for key in ("tokens", "target_tokens", "lr", "sample"):
+            assert mine.get(key) == theirs.get(key)
+    a, b = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("tied", ["", "-tied"])
+def test_two_ranks_log_the_losses_of_one(runs: Path, mode: str, tied: str) -> None:
+    assert_same_training(runs / "one" / f"ddp{tied}", runs / "two" / f"{mode}{tied}")
+
+
+def test_sharded_checkpoints_hold_a_part_each(runs: Path) -> None:
+    files = {path.name for path in (runs / "two" / "fsdp" / "checkpoints" / "step-00000007").iterdir()}
+    kinds = {f"{kind}-0000{rank}.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)}
+    assert files == {*kinds, "manifest.json", "state.json"}
+    assert len(list((runs / "two" / "ddp" / "checkpoints" / "step-00000007").iterdir())) == 4
+
+
+def go_back(folder: Path, target: Path) -> None:
+    """A copy of a finished run as it was after step 6."""
+    subprocess.run(["cp", "-r", str(folder), str(target)], check=True)
+    subprocess.run(["rm", "-r", str(target / "checkpoints" / "step-00000007")], check=True)
+
+
+def test_what_two_ranks_wrote_one_continues_and_the_other_way_round(runs: Path) -> None:
+    (runs / "resumed").mkdir()
+    for tied in ("", "-tied"):
+        go_back(runs / "two" / f"fsdp{tied}", runs / "resumed" / f"by-one{tied}")
+        go_back(runs / "one" / f"ddp{tied}", runs / "resumed" / f"by-two{tied}")
+    launch(runs / "resumed", ("ddp:by-one:7:untied", "ddp:by-one-tied:7:tied"), 1)
+    launch(runs / "resumed", ("fsdp:by-two:7:untied", "fsdp:by-two-tied:7:tied"), 2)
+    for name, origin in (("by-one", "two/fsdp"), ("by-two", "one/ddp")):
+        for tied in ("", "-tied"):
+            resumed = runs / "resumed" / f"{name}{tied}"
+            assert_same_training(runs / "one" / f"ddp{tied}", resumed)
+            assert losses(resumed)[:6] == losses(runs / f"{origin}{tied}")[:6], "steps before the checkpoint were done again"
