@@ -57,7 +57,7 @@ def _disk_message(error: BaseException) -> str | None:
     while current is not None:
         full = isinstance(current, OSError) and current.errno in DISK_FULL
         if full or any(words in str(current) for words in DISK_FULL_WORDS):
-            where = getattr(current, "filename", None) or "a file of the run"
+            where = getattr(current, "filename", None) or ", ".join(getattr(error, "__notes__", ["a file"]))
             return (
                 f"{where}: the disk is full, or the file is larger than allowed ({current})\n"
                 "  remedy: free some space and run the same command to go on; what is finished is kept"

@@ -26,8 +26,8 @@ from groundup.data.batches import Batch, micro_ranges
 from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
 from groundup.train.config import TrainConfig
-from groundup.train.losses import LossSum, lm_loss
 from groundup.train.loop import fit
+from groundup.train.losses import LossSum, lm_loss
 from groundup.train.meter import TIMING_KEYS
 from groundup.train.parallel import connect, unsharded
 
@@ -55,7 +55,9 @@ def noisy_loss(model: Transformer, batch: Batch) -> LossSum:
 
 def train(folder: Path, mode: str, steps: int, tied: bool, loss_fn: Callable[..., LossSum]) -> Transformer:
     # Sizes that two ranks cannot share equally.
-    shape = ModelConfig(VOCAB, dim=36, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=12, ffn_dim=45, tie_embeddings=tied)
+    shape = ModelConfig(
+        VOCAB, dim=36, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=12, ffn_dim=45, tie_embeddings=tied
+    )
     model = Transformer(shape)
     model.init_weights(0)
     config = TrainConfig(
@@ -67,7 +69,9 @@ def train(folder: Path, mode: str, steps: int, tied: bool, loss_fn: Callable[...
         loss = lm_loss(model, ToyBatches().micro_batches(999, 0, 1, ROWS)[0])
         return {"held_out_loss": float(loss.loss_sum / loss.count)}
 
-    fit(model, ToyBatches(), loss_fn, config, folder, seed=5, evaluate=evaluate, sample=lambda model, step: f"at {step}")
+    fit(
+        model, ToyBatches(), loss_fn, config, folder, seed=5, evaluate=evaluate, sample=lambda model, step: f"at {step}"
+    )
     return model
 
 
@@ -135,7 +139,7 @@ def kills(folder: Path, seed: int, random_kills: int, call_kills: int) -> dict[s
     for number, kind in enumerate(kinds):
         run = folder / f"run-{number}"
         for _ in range(rng.randint(1, 3)):
-            after = rng.uniform(0.05, seconds) if kind == "time" else None
+            after = rng.uniform(0.05, 0.7 * seconds) if kind == "time" else None
             code = ended(child(run, steps, rng.randint(1, 250) if kind == "call" else None), after)
             killed += code == -signal.SIGKILL
             assert code in (0, -signal.SIGKILL), run.with_suffix(".log").read_text()
@@ -160,7 +164,9 @@ def main() -> None:
             mode, name, steps, tied = job.split(":")
             model = unsharded(train(folder / name, mode, int(steps), tied == "tied", lm_loss))
             if connect().is_first:
-                torch.save({key: value.detach() for key, value in model.named_parameters()}, folder / name / "weights.pt")
+                torch.save(
+                    {key: value.detach() for key, value in model.named_parameters()}, folder / name / "weights.pt"
+                )
 
 
 if __name__ == "__main__":

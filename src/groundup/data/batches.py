@@ -4,7 +4,7 @@ Why: a batch is a pure function of (seed, step). Resuming, or changing the numbe
 cannot repeat or skip a row, because no position is stored anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,18 +84,16 @@ def micro_ranges(num_rows: int, rank: int, world_size: int, micro_rows: int) -> 
 
 def fill_micro_batches(
     row_ids: Int64s, rank: int, world_size: int, micro_rows: int, full_rows: int, build: Callable[[Int64s], Batch]
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """The micro batches of `rank` for the global batch `row_ids`, each made by `build` from its row numbers.
 
     `full_rows` is the size of a full global batch: a shorter last one of an epoch keeps its shapes.
     """
     num_rows = min(micro_rows, ceil_div(full_rows, world_size))
-    batches = []
     for rows in micro_ranges(len(row_ids), rank, world_size, micro_rows):
         batch = build(np.resize(np.append(row_ids[rows], row_ids[:1]), num_rows))
         batch.is_target[len(rows) :] = False
-        batches.append(batch)
-    return batches
+        yield batch
 
 
 def permute(indices: Int64s, size: int, seed: int) -> Int64s:
@@ -155,7 +153,9 @@ class TokenBatches:
         return ids
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
-        return fill_micro_batches(self.window_ids(step), rank, world_size, micro_rows, self.batch_rows, self.build)
+        return list(
+            fill_micro_batches(self.window_ids(step), rank, world_size, micro_rows, self.batch_rows, self.build)
+        )
 
     def build(self, ids: Int64s) -> Batch:
         """The windows of these numbers, as they lie in the corpus; (len(ids), T)."""

@@ -114,7 +114,7 @@ class PackedBatches:
         return permute(places, len(self.rows), derive_seed(self.seed, "epoch", epoch))
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
-        return fill_micro_batches(self.row_ids(step), rank, world_size, micro_rows, self.batch_rows, self.build)
+        return list(fill_micro_batches(self.row_ids(step), rank, world_size, micro_rows, self.batch_rows, self.build))
 
     def build(self, row_ids: Int64s) -> Batch:
         """The rows of these numbers; (len(row_ids), T)."""

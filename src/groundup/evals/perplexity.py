@@ -85,7 +85,7 @@ def perplexity(
     """How a model predicts every id but the first, from windows of `context` ids that begin every `stride` ids.
 
     Each id is scored once, in the first window that reaches it, so all but the first window's are predicted from at
-    least context - stride + 1 ids before them. `stride` defaults to half the context; equal to it, windows do not overlap.
+    least context - stride + 1 ids before them. `stride` defaults to half the context; equal to it, none overlap.
     """
     stride = stride or max(1, context // 2)
     if not 1 <= stride <= context:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from groundup.base.artifacts import LOGS, MANIFEST, Artifact
 from groundup.base.errors import UserError
-from groundup.base.files import fsync_tree, read_json, recover_folder, replace_folder
+from groundup.base.files import atomic_file, fsync_tree, read_json, recover_folder, replace_folder
 from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
 from groundup.model.weights import gguf, hf, layout, llama2c, meta
@@ -154,8 +154,12 @@ def convert(
         gguf.save_gguf(target, config, state, vocabulary, name=target.stem, quantisation=quantisation or "f16")
     else:
         vocabulary = _padded(checkpoint.tokenizer.gguf_fields(), config.vocab_size)
+        pieces, beside = llama2c.llama2c_tokenizer(vocabulary), target.with_name(f"tok{config.vocab_size}.bin")
+        if beside.exists() and beside.read_bytes() != pieces:
+            raise UserError(f"{beside}: already exists and is another tokenizer", "write to another folder")
         llama2c.save_llama2c(target, config, state)
-        llama2c.write_llama2c_tokenizer(target.with_name(f"tok{config.vocab_size}.bin"), vocabulary)
+        with atomic_file(beside) as temporary:
+            temporary.write_bytes(pieces)
 
 
 Opened = tuple[WeightsFile, Tokenizer, ChatFormat]

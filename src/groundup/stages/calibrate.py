@@ -60,25 +60,30 @@ class Machine:
     def training_rate(self, model: ModelConfig, train: TrainConfig, *, measure: bool) -> TrainingRate:
         """Tokens/s of training: some real micro batches for small models, else a share of the matmul rate."""
         if measure and num_parameters(model) < MEASURED_BELOW_PARAMETERS:
-            return TrainingRate(_measure_training(model, train, self.device), is_measured=True)
+            return TrainingRate(self._measure_training(model, train), is_measured=True)
         rate = self.matmul_flops[choose_precision(train.precision, self.device)]
         return TrainingRate(rate * ASSUMED_UTILISATION / flops_per_token(model, train.seq_len), is_measured=False)
+
+    def _measure_training(self, model: ModelConfig, train: TrainConfig) -> float:
+        """With as many rows of a micro batch as take about a second, so that a large one delays and fills nothing."""
+        rate = self.matmul_flops[choose_precision(train.precision, self.device)] * ASSUMED_UTILISATION
+        rows = int(rate / (flops_per_token(model, train.seq_len) * train.seq_len))
+        return measure_training(model, train, self.device, max(1, min(rows, train.micro_rows, train.batch_rows)))
 
 
 def free_disk_bytes(folder: Path) -> int:
     """What the file system of a folder (or of its nearest parent that exists) can still take."""
     while not folder.exists():
         folder = folder.absolute().parent
-    return psutil.disk_usage(str(folder)).free
+    return int(psutil.disk_usage(str(folder)).free)
 
 
-def _measure_training(config: ModelConfig, train: TrainConfig, device: torch.device) -> float:
-    """Tokens/s of optimizer steps on random tokens, uncompiled."""
+def measure_training(config: ModelConfig, train: TrainConfig, device: torch.device, rows: int) -> float:
+    """Tokens/s of optimizer steps on random tokens, `rows` rows to a micro batch, uncompiled."""
     precision = choose_precision(train.precision, device)
     model = Transformer(config).to(device)
     model.init_weights(0)
     optimizer = make_optimizer(model, train)
-    rows = min(train.micro_rows, train.batch_rows)
     tokens = torch.randint(config.vocab_size, (rows, train.seq_len + 1), device=device)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones_like(tokens[:, 1:], dtype=torch.bool))
 
@@ -86,7 +91,7 @@ def _measure_training(config: ModelConfig, train: TrainConfig, device: torch.dev
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = lm_loss(model, batch).loss_sum
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         loss.item()
         return time.perf_counter() - started
 

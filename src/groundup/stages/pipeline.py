@@ -186,7 +186,11 @@ def run_pipeline(pipeline: Pipeline, stages: Sequence[Stage]) -> list[Artifact]:
             else:
                 tell("started")
                 started = time.monotonic()
-                artifact = _run_stage(pipeline, stage, rank)
+                try:
+                    artifact = _run_stage(pipeline, stage, rank)
+                except Exception as error:
+                    error.add_note(f"stage {stage.key}, writing to {pipeline.out}")
+                    raise
                 tell(f"finished in {time.monotonic() - started:.1f} s -> {artifact.path}")
             artifacts.append(artifact)
     return artifacts

@@ -27,10 +27,10 @@ class StagePlan:
 def plan_table(rows: Sequence[StagePlan], *, detailed: bool) -> Table:
     """The plan as a table; `detailed` adds FLOPs, memory and disk."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    table.add_column("state")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for heading in ("parameters", "tokens", *(("FLOPs", "memory", "disk") if detailed else ()), "time"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = [_count(row.parameters), _count(row.tokens)]
         if detailed:
@@ -39,8 +39,8 @@ def plan_table(rows: Sequence[StagePlan], *, detailed: bool) -> Table:
         time = "-" if row.state == "finished" else _duration(row.seconds)
         table.add_row(row.stage, row.state, *(cell if trains or cell != UNKNOWN else "" for cell in cells), time)
     known = [row.seconds or 0 for row in rows]
-    more = " or more" if any(row.seconds is None for row in rows) else ""
-    table.add_row("all", "", *[""] * (len(table.columns) - 3), _duration(sum(known)) + more, style="bold")
+    more = "> " if any(row.seconds is None for row in rows) else ""
+    table.add_row("all", "", *[""] * (len(table.columns) - 3), more + _duration(sum(known)), style="bold")
     return table
 
 
@@ -60,7 +60,10 @@ def _power(value: float | None) -> str:
 def _bytes(value: float | None) -> str:
     if value is None:
         return UNKNOWN
-    return f"{value / 1e9:,.1f} GB" if value >= 1e9 else f"{value / 1e6:,.0f} MB"
+    for limit, unit in ((1e12, "TB"), (1e9, "GB")):
+        if value >= limit:
+            return f"{value / limit:,.1f} {unit}"
+    return f"{value / 1e6:,.0f} MB" if value >= 1e6 else "< 1 MB"
 
 
 def _duration(seconds: float | None) -> str:
@@ -68,7 +71,7 @@ def _duration(seconds: float | None) -> str:
         return UNKNOWN
     for limit, unit in ((86400 * 365.25, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * limit:
-            return f"{seconds / limit:,.1f} {unit}"
+            return f"{seconds / limit:,.{0 if seconds >= 100 * limit else 1}f} {unit}"
     return f"{seconds:.0f} s"
 
 

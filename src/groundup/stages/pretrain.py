@@ -76,6 +76,7 @@ def run(config: PretrainConfig, job: Job) -> dict[str, Any]:
     model = Transformer(shape)
     model.init_weights(derive_seed(job.seed, "weights"))
     chat = load_chat_format(job.inputs["tokenizer"].path, tokenizer)
+    checkpoint = Checkpoint(model, shape, tokenizer, chat, {})
     prompt = (config.sample_prompt, [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)])
     held_out = TokenShards(job.inputs["shards"].path, "held_out", tokenizer)
     held_out_batches = _token_batches(config, job, "held_out", tokenizer) if held_out.num_tokens > 1 else None
@@ -93,9 +94,9 @@ def run(config: PretrainConfig, job: Job) -> dict[str, Any]:
         seed=job.seed,
         name=job.name,
         evaluate=evaluate if held_out_batches is not None else None,
-        sample=text_sampler(config, job.seed, tokenizer, [prompt], [tokenizer.eos_id]),
+        sample=text_sampler(config, job, checkpoint, [prompt], [tokenizer.eos_id]),
     )
-    return write_model(job, config, Checkpoint(model, shape, tokenizer, chat, {}), result)
+    return write_model(job, config, checkpoint, result)
 
 
 def _token_batches(config: PretrainConfig, job: Job, split: str, tokenizer: Tokenizer) -> TokenBatches:

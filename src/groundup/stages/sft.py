@@ -110,7 +110,7 @@ def run(config: SFTConfig, job: Job) -> dict[str, Any]:
         seed=job.seed,
         name=job.name,
         evaluate=evaluate if data.held_out is not None else None,
-        sample=text_sampler(config, job.seed, checkpoint.tokenizer, prompts, checkpoint.chat.stop_ids),
+        sample=text_sampler(config, job, checkpoint, prompts, checkpoint.chat.stop_ids),
     )
     return {**write_model(job, config, checkpoint, result), **data.metrics}
 
@@ -147,8 +147,8 @@ def _read(config: SFTConfig, job: Job, chat: ChatFormat) -> _Data:
 def _split(dialogues: list[Dialogue], fraction: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
     """Training and held-out dialogues, at least one of the latter unless `fraction` is 0.
 
-    Why: by a hash of what is said, so that copies of one dialogue never lie on both sides, and neither another order nor
-    more data moves a dialogue from one side to the other.
+    Why: by a hash of what is said, so that copies of one dialogue never lie on both sides, and neither another order
+    nor more data moves a dialogue from one side to the other.
     """
     if fraction == 0 or len(dialogues) < 2:
         return dialogues, []

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from groundup.base.artifacts import LOGS
+from groundup.base.errors import UserError
 from groundup.base.generation import SamplingParams
 from groundup.base.seeds import derive_seed
 from groundup.infer.engine import Engine
@@ -15,7 +16,6 @@ from groundup.model.checkpoint import Checkpoint, save_checkpoint
 from groundup.model.config import num_parameters
 from groundup.model.transformer import Transformer
 from groundup.stages.job import Job
-from groundup.text.tokenizer import Tokenizer
 from groundup.train.config import TrainConfig
 from groundup.train.loop import FitResult, Sample
 from groundup.train.parallel import connect, unsharded
@@ -40,30 +40,39 @@ class TrainStageConfig(TrainConfig):
 
 def text_sampler(
     config: TrainStageConfig,
-    seed: int,
-    tokenizer: Tokenizer,
+    job: Job,
+    checkpoint: Checkpoint,
     prompts: Sequence[tuple[str, list[int]]],
     stop_ids: Sequence[int],
 ) -> Sample:
-    """A `sample` for `fit`: continues prompts, given as (what the user reads, ids)."""
+    """A `sample` for `fit`: continues prompts (what the user reads, ids) with the same random numbers each time.
+
+    Raises: `UserError` for a prompt that leaves no room in the context, now and not hours later.
+    """
+    context = checkpoint.config.max_positions
+    for text, ids in prompts:
+        if len(ids) >= context:
+            raise UserError(
+                f"{job.name}: the sample prompt {text!r} has {len(ids)} tokens, the model's context {context}",
+                "give a shorter one",
+            )
     params = SamplingParams(
         max_new_tokens=config.sample_tokens,
         temperature=config.sample_temperature,
         top_p=0.95,
-        seed=derive_seed(seed, "sample"),
+        seed=derive_seed(job.seed, "sample"),
         stop_ids=tuple(stop_ids),
     )
-    longest = max(len(ids) for _, ids in prompts)
+    longest = max(len(ids) for _, ids in prompts) + config.sample_tokens
 
     def sample(model: Transformer, step: int) -> str:
         whole = unsharded(model)
         if not connect().is_first:
             return ""
-        engine = Engine(whole, tokenizer, max_slots=len(prompts), max_tokens=longest + config.sample_tokens)
+        engine = Engine(whole, checkpoint.tokenizer, max_slots=len(prompts), max_tokens=min(longest, context))
         answers = engine.generate([ids for _, ids in prompts], params)
-        return "\n".join(
-            f"{text} ->{_indented(answer[0].text)}" for (text, _), answer in zip(prompts, answers, strict=True)
-        )
+        pairs = zip(prompts, answers, strict=True)
+        return "\n".join(f"{text} -> {answer[0].text.strip()}" for (text, _), answer in pairs)
 
     return sample
 
@@ -76,7 +85,3 @@ def write_model(job: Job, config: TrainStageConfig, checkpoint: Checkpoint, resu
         save_checkpoint(job.out, whole, dtype=_DTYPES[config.save_dtype])
         shutil.copytree(job.work / LOGS, job.out / LOGS)
     return {"parameters": num_parameters(checkpoint.config), **result.summary()}
-
-
-def _indented(text: str) -> str:
-    return " " + text.strip().replace("\n", "\n    ")

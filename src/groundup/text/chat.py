@@ -86,9 +86,10 @@ class Llama2Chat:
             *self._tokenizer.encode(f"[INST] {user} [/INST] {answer} "),
             self._tokenizer.eos_id,
         ]
-        assert ids[: len(prompt)] == prompt, (
-            "a token spans the end of [/INST]; such a vocabulary cannot hold this format"
-        )
+        if ids[: len(prompt)] != prompt:
+            raise UserError(
+                "in this vocabulary a token spans the end of [/INST], so Llama 2's chat format cannot be used"
+            )
         return ids, len(prompt)
 
 

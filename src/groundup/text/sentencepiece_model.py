@@ -59,7 +59,7 @@ def train_model(texts: Iterable[str], vocab_size: int, folder: Path, seed: int) 
             raise UserError("the tokenizer's training corpus holds no text", "check the source that feeds this stage")
         if count > _SAMPLED_LINES:
             say(f"tokenizer: training on a random sample of {_SAMPLED_LINES:,} of {count:,} lines")
-        sentencepiece.set_random_generator_seed(seed & 0xFFFFFFFF)
+        sentencepiece.set_random_generator_seed(seed & 0xFFFFFFFF)  # it takes 32 bits
         try:
             sentencepiece.SentencePieceTrainer.train(
                 input=str(lines), model_writer=buffer, vocab_size=vocab_size, model_type="bpe",

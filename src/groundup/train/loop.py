@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from groundup.base.artifacts import LOGS
 from groundup.base.errors import UserError
 from groundup.base.metrics import MetricsLog
 from groundup.base.progress import Progress, say
@@ -31,7 +32,6 @@ from groundup.train.step import StepSums, accumulate, seed_step
 Evaluate = Callable[[Transformer, int], dict[str, float]]
 Sample = Callable[[Transformer, int], str]
 Precision = Literal["bf16", "fp32"]
-LOGS = "logs"
 CHECKPOINTS = "checkpoints"
 COMPILING_PAYS_FLOPS = {"cpu": 3e13, "cuda": 2e16}
 """Arithmetic of one rank above which compiling pays: about five minutes of two CPU cores, three of a large GPU. A fixed

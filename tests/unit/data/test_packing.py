@@ -11,7 +11,8 @@ from groundup.text.chat import Llama2Chat
 from groundup.text.tokenizer import load_tokenizer
 
 CONTEXT = 256
-WORDS = "the a cat sat on mat and then it rained; 12 dogs (all brown) barked: why? naïve 漢字 \n\n said she".split(" ")
+TEXT = "the a cat sat on mat and then it rained; 12 dogs (all brown) barked: why? naïve 漢字 \n\n said she"
+WORDS = TEXT.split(" ")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def random_dialogue(rng, number, most_turns=4, most_words=20):
 
 
 def slowly_encoded(dialogue, tokenizer):
-    """An independent reading of the format: (id, is it part of a response or the EOS after it) one exchange at a time."""
+    """An independent reading of the format, an exchange at a time: (id, is it a response token or the EOS after)."""
     messages = list(dialogue.messages)
     system = ""
     if messages[0].role == "system":

@@ -193,3 +193,8 @@ def test_nothing_is_overwritten_and_failures_leave_nothing(tmp_path: Path, sourc
     with pytest.raises(UserError, match="unknown format 'onnx'"):
         convert(source, tmp_path / "m", "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "scratch"]
+    (tmp_path / "tok288.bin").write_bytes(b"another model's")
+    with pytest.raises(UserError, match=r"tok288\.bin: already exists and is another tokenizer"):
+        convert(source, tmp_path / "m.bin", "llama2c")
+    assert (tmp_path / "tok288.bin").read_bytes() == b"another model's"
+    assert not (tmp_path / "m.bin").exists()

@@ -138,6 +138,10 @@ def test_absent_keys_take_the_defaults_of_llama_config(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type = 'yarn'"),
         ({"rope_theta": 5e5}, "rope_theta = 500000.0"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers = 'two'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, r"rope_scaling\.factor = 0\.5"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": "x"}}, r"rope_parameters\.rope_theta = 'x'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers"),
         ({"num_attention_heads": 3}, "n_heads = 3"),
         ({"hidden_size": None}, "hidden_size = None"),
@@ -198,7 +202,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
         if protocol == "zip":
             torch.save({"model.norm.weight": Hostile()}, folder / "pytorch_model.bin")
         else:
-            (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Hostile()}))
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Hostile()}, protocol=2))
         with pytest.raises(UserError, match=r"pytorch_model\.bin"):
             hf.open_hf(folder)
         assert not canary.exists()

@@ -16,7 +16,8 @@ from groundup.stages.shards import ShardsConfig
 from groundup.stages.tokenizer import TokenizerConfig
 from groundup.text.tokenizer import load_tokenizer
 
-WORDS = "once upon a time there was little girl who had cat and dog they played in the park".split()
+TEXT = "once upon a time there was little girl who had cat and dog they played in the park"
+WORDS = TEXT.split()
 
 
 def make_corpus(path, train, held_out):
@@ -107,7 +108,7 @@ def test_an_existing_tokenizer_is_taken_over(tmp_path, corpus, shared_data):
 def test_a_corpus_without_held_out_text_is_measured_on_its_training_text(tmp_path, texts):
     corpus = make_corpus(tmp_path / "corpus", texts, [])
     artifact, metrics = run_stage(
-        tokenizer_stage, TokenizerConfig(vocab_size=300), {"corpus": corpus}, tmp_path, "tokenizer"
+        tokenizer_stage, TokenizerConfig(vocab_size=400), {"corpus": corpus}, tmp_path, "tokenizer"
     )
     assert metrics["bytes_per_token"] > 1
     inputs = {"corpus": corpus, "tokenizer": artifact}

@@ -17,7 +17,8 @@ from groundup.text.chat import (
     chat_format_from_template,
     load_chat_format,
 )
-from groundup.text.tokenizer import Tokenizer, load_tokenizer
+from groundup.text.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, build_model
+from groundup.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -74,14 +75,23 @@ def test_llama2_dialogue_and_prompts(spm: Tokenizer, dialogue: Dialogue) -> None
 
 
 def test_llama2_targets_are_answers_and_their_eos(spm: Tokenizer) -> None:
-    dialogue = Dialogue(
-        (Message("system", "be"), Message("user", "hi"), Message("assistant", "yes"), Message("user", "a"), Message("assistant", "b"))
-    )  # fmt: skip
+    pairs = [("system", "be"), ("user", "hi"), ("assistant", "yes"), ("user", "a"), ("assistant", "b")]
+    dialogue = Dialogue(tuple(Message(role, text) for role, text in pairs))  # type: ignore[arg-type]
     ids, is_target = Llama2Chat(spm).encode_dialogue(dialogue)
     targets = [token for token, target in zip(ids, is_target, strict=True) if target]
     assert targets == [*spm.encode("yes "), 2, *spm.encode("b "), 2]
     assert ids.count(1) == ids.count(2) == 2
     assert Llama2Chat(spm).stop_ids == (2,)
+
+
+def test_vocabulary_that_joins_the_tag_and_the_answer() -> None:
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
+    pieces = [Piece(name, 0.0, kind) for name, kind in zip(names, kinds, strict=True)]
+    pieces += [Piece("]\u2581", -1.0, NORMAL), Piece("]", -2.0, NORMAL), Piece("\u2581", -2.0, NORMAL)]
+    chat = Llama2Chat(SentencePieceTokenizer(build_model(pieces, unk_id=0, bos_id=1, eos_id=2)))
+    with pytest.raises(UserError, match="spans the end"):
+        chat.encode_dialogue(Dialogue((Message("user", "a"), Message("assistant", "b"))))
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -236,7 +246,8 @@ def test_llama2_template_in_other_words_is_recognised(spm: Tokenizer) -> None:
         "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
         "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
         "{% for m in rest %}{% if loop.index0 == 0 and system != false %}"
-        "{% set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}{% else %}{% set text = m['content'] %}{% endif %}"
+        "{% set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}"
+        "{% else %}{% set text = m['content'] %}{% endif %}"
         "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}"
         "{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
     )

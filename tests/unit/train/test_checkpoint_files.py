@@ -70,7 +70,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 
 def crash_at(count: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a child process that dies without a word at its `count`-th file operation; True if it got so far."""
+    """Run `work` in a child that dies without a word at its `count`-th file operation; True if it got so far."""
     child = os.fork()
     if child == 0:
         left = count

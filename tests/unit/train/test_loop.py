@@ -16,8 +16,8 @@ from groundup.data.batches import Batch, micro_ranges
 from groundup.model.config import ModelConfig, preset
 from groundup.model.transformer import Transformer
 from groundup.train.config import TrainConfig
-from groundup.train.losses import LossSum, lm_loss
 from groundup.train.loop import fit, wants_compile
+from groundup.train.losses import LossSum, lm_loss
 from groundup.train.meter import TIMING_KEYS
 from groundup.train.optim import make_optimizer
 from groundup.train.parallel import Ranks
@@ -212,9 +212,7 @@ def test_checkpoints_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(groundup.train.loop.time, "monotonic", clock)
     saved: list[int] = []
     save = groundup.train.loop.Checkpoints.save
-    monkeypatch.setattr(
-        groundup.train.loop.Checkpoints, "save", lambda *args: (saved.append(args[3]), save(*args))[1]
-    )
+    monkeypatch.setattr(groundup.train.loop.Checkpoints, "save", lambda *args: (saved.append(args[3]), save(*args))[1])
     fit(make_model(), Slow(), lm_loss, config(steps=7, checkpoint_every_minutes=1.5), tmp_path, seed=0)
     assert saved == [3, 6, 7]
 

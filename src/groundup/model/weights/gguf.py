@@ -21,6 +21,7 @@ from groundup.base.progress import say, track
 from groundup.model.config import ModelConfig, RopeScaling
 from groundup.model.transformer import rope_frequencies
 from groundup.model.weights import layout
+from groundup.model.weights.fields import Fields, checked
 from groundup.model.weights.gguf_file import read_gguf_file
 from groundup.model.weights.layout import Stored, WeightsFile
 
@@ -169,19 +170,16 @@ def _read_config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, St
     embedding = tensors.get(_TOP_NAMES[layout.EMBED])
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{path}: missing tensor {_TOP_NAMES[layout.EMBED]}")
-    read = _Fields(path, fields)
+    read = Fields(path, fields, f"{_ARCHITECTURE}.")
     for key, plain in (("expert_count", 0), ("attention.sliding_window", 0), ("rope.scale_linear", 1.0)):
-        if read.number(key, plain) != plain:
-            raise UserError(f"{path}: {_ARCHITECTURE}.{key} = {read.number(key)} is not supported")
+        read.require(key, (plain,), plain)
     n_heads = read.integer("attention.head_count")
     head_dim = read.integer("attention.key_length", embedding.shape[1] // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if read.integer(key, head_dim) != head_dim:
-            raise UserError(
-                f"{path}: {_ARCHITECTURE}.{key} = {read.integer(key)} differs from the head size {head_dim}"
-            )
-    return layout.checked_config(
+        read.require(key, (head_dim,), head_dim)
+    return checked(
         path,
+        ModelConfig,
         vocab_size=embedding.shape[0],
         dim=read.integer("embedding_length"),
         n_layers=read.integer("block_count"),
@@ -197,34 +195,15 @@ def _read_config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, St
     )
 
 
-def _read_scaling(path: Path, read: "_Fields") -> RopeScaling | None:
-    kind = read.fields.get(f"{_ARCHITECTURE}.rope.scaling.type", "none")
+def _read_scaling(path: Path, read: Fields) -> RopeScaling | None:
+    kind = read.values.get(f"{_ARCHITECTURE}.rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind != "linear":
         raise UserError(
             f"{path}: {_ARCHITECTURE}.rope.scaling.type = {kind!r} is not supported", "supported: none, linear"
         )
-    return RopeScaling("linear", read.number("rope.scaling.factor"))
-
-
-class _Fields:
-    """Typed look-up of the architecture's own fields."""
-
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        self.path, self.fields = path, fields
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.fields.get(f"{_ARCHITECTURE}.{key}", default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UserError(f"{self.path}: {_ARCHITECTURE}.{key} = {value!r} must be a number")
-        return float(value)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value) or value < 1:
-            raise UserError(f"{self.path}: {_ARCHITECTURE}.{key} = {value!r} must be a positive integer")
-        return int(value)
+    return checked(path, RopeScaling, "linear", read.number("rope.scaling.factor"))
 
 
 def _shortest(value: float) -> float:

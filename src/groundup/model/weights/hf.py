@@ -17,6 +17,7 @@ from groundup.base.errors import CorruptFile, UserError
 from groundup.base.files import fsync_path, read_json, write_json
 from groundup.model.config import ModelConfig
 from groundup.model.weights import layout
+from groundup.model.weights.fields import Fields
 from groundup.model.weights.hf_config import read_hf_config, write_hf_config
 from groundup.model.weights.layout import Stored, WeightsFile
 from groundup.model.weights.torchfile import open_torch_file
@@ -58,7 +59,7 @@ def open_hf(folder: Path) -> WeightsFile:
     if head is not None:
         _check_tied_head(folder, head, parts[layout.EMBED])
     generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
-    return WeightsFile(config, parts, generation)
+    return WeightsFile(config, parts, dict(Fields(folder / GENERATION, generation).values))
 
 
 def save_hf(

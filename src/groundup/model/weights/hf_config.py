@@ -12,9 +12,9 @@ import torch
 from groundup.base.errors import UserError
 from groundup.base.files import read_json
 from groundup.model.config import ModelConfig, RopeScaling
-from groundup.model.weights.layout import checked_config
+from groundup.model.weights.fields import Fields, checked
 
-_REFUSED = {
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -23,7 +23,7 @@ _REFUSED = {
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, None),
 }
-"""Keys that change the arithmetic, and the values that leave it Llama 2's."""
+"""Keys that may change the arithmetic, with the values that leave it Llama 2's."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
     # A Mistral without a sliding window is a Llama; its class has one unless config.json says null.
@@ -36,11 +36,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULT_NORM_EPS = 1e-6
 _DEFAULT_ROPE_THETA = 10_000.0
-_LLAMA3_KEYS = {
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_positions",
-}
 
 
 def read_hf_config(path: Path) -> ModelConfig:
@@ -48,79 +43,56 @@ def read_hf_config(path: Path) -> ModelConfig:
 
     Raises: UserError naming file, key and value for anything whose arithmetic is not a Llama's.
     """
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    values = Fields(path, read_json(path)).values
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"{path}: model_type = {kind!r} is not supported", f"supported: {', '.join(_DEFAULTS)}")
-    values = {**_DEFAULTS[kind], **values}
-    for key, allowed in _REFUSED.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(f"{path}: {key} = {values[key]!r} is not supported", f"only {allowed[0]!r} is")
-    dim, n_heads = _integer(path, values, "hidden_size"), _integer(path, values, "num_attention_heads")
-    theta, scaling = _read_rope(path, values)
-    return checked_config(
+    read = Fields(path, {**_DEFAULTS[kind], **values})
+    for key, allowed in _ALLOWED.items():
+        if key in read.values:
+            read.require(key, allowed)
+    dim, n_heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    theta, scaling = _read_rope(path, read)
+    return checked(
         path,
-        vocab_size=_integer(path, values, "vocab_size"),
+        ModelConfig,
+        vocab_size=read.integer("vocab_size"),
         dim=dim,
-        n_layers=_integer(path, values, "num_hidden_layers"),
+        n_layers=read.integer("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=_integer(path, values, "num_key_value_heads", n_heads),
-        head_dim=_integer(path, values, "head_dim", dim // n_heads),
-        ffn_dim=_integer(path, values, "intermediate_size"),
-        max_positions=_integer(path, values, "max_position_embeddings"),
-        norm_eps=_number(path, values, "rms_norm_eps", _DEFAULT_NORM_EPS),
+        n_kv_heads=read.integer("num_key_value_heads", n_heads),
+        head_dim=read.integer("head_dim", dim // n_heads),
+        ffn_dim=read.integer("intermediate_size"),
+        max_positions=read.integer("max_position_embeddings"),
+        norm_eps=read.number("rms_norm_eps", _DEFAULT_NORM_EPS),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tie_embeddings=read.boolean("tie_word_embeddings", False),
     )
 
 
-def _integer(path: Path, values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {key} = {value!r} must be a positive integer")
-    return value
-
-
-def _number(path: Path, values: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = values.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UserError(f"{path}: {key} = {value!r} must be a number")
-    return float(value)
-
-
-def _read_rope(path: Path, values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read_rope(path: Path, read: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: {key} = {rope!r} must be an object")
-    top = _number(path, values, "rope_theta", _DEFAULT_ROPE_THETA)
-    theta = _number(path, rope, "rope_theta", top)
-    if values.get("rope_theta") is not None and theta != top:
+    key = "rope_scaling" if read.values.get("rope_scaling") else "rope_parameters"
+    values = read.values.get(key) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {key} = {values!r} must be an object")
+    rope = Fields(path, {f"{key}.{name}": value for name, value in values.items()}, f"{key}.")
+    top = read.number("rope_theta", _DEFAULT_ROPE_THETA)
+    theta = rope.number("rope_theta", top)
+    if read.values.get("rope_theta") is not None and theta != top:
         raise UserError(f"{path}: rope_theta = {top} but {key}.rope_theta = {theta}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{path}: {key}.partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.require("partial_rotary_factor", (1,), 1)
+    kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
         raise UserError(f"{path}: {key}.rope_type = {kind!r} is not supported", "supported: default, linear, llama3")
-    factor = _number(path, rope, "factor")
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor)
-    numbers = {ours: _number(path, rope, theirs) for theirs, ours in _LLAMA3_KEYS.items()}
-    return theta, RopeScaling(
-        "llama3",
-        factor,
-        low_freq_factor=numbers["low_freq_factor"],
-        high_freq_factor=numbers["high_freq_factor"],
-        original_max_positions=int(numbers["original_max_positions"]),
-    )
+    constants: dict[str, float] = {}
+    if kind == "llama3":
+        constants = {name: rope.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+        constants["original_max_positions"] = rope.integer("original_max_position_embeddings")
+    return theta, checked(path, RopeScaling, kind, rope.number("factor"), **constants)
 
 
 def write_hf_config(config: ModelConfig, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
@@ -165,5 +137,7 @@ def _rope_values(config: ModelConfig) -> dict[str, Any]:
         return {"rope_type": "default"}
     values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
-        values.update({theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3_KEYS.items()})
+        values["low_freq_factor"] = scaling.low_freq_factor
+        values["high_freq_factor"] = scaling.high_freq_factor
+        values["original_max_position_embeddings"] = scaling.original_max_positions
     return values

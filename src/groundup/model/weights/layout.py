@@ -54,14 +54,6 @@ class WeightsFile:
         return found
 
 
-def checked_config(where: Path, **fields: Any) -> ModelConfig:
-    """The configuration that a file describes; an impossible one is a `UserError` that names the file."""
-    try:
-        return ModelConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error.message}", error.remedy) from None
-
-
 def block_part(layer: int, part: str) -> str:
     """The name of a part of block `layer`."""
     return f"blocks.{layer}.{part}"

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from groundup.base.errors import CorruptFile, UserError
 from groundup.base.files import atomic_file
-from groundup.model.config import ModelConfig
+from groundup.model.config import ModelConfig, num_parameters
 from groundup.model.weights import layout
+from groundup.model.weights.fields import checked
 from groundup.model.weights.layout import Stored, WeightsFile
 
 _MAGIC = 0x616B3432
@@ -50,8 +51,10 @@ def open_llama2c(path: Path) -> WeightsFile:
     fields = _HEADER_V1.unpack(header)[2:] if version else (*_HEADER_V0.unpack(header[: _HEADER_V0.size]), None)
     config = _config(path, fields)
     start = _HEADER_BYTES_V1 if version else _HEADER_V0.size
-    if config.n_layers * config.dim > path.stat().st_size:
-        raise CorruptFile(f"{path}: too short for {config.n_layers} layers of width {config.dim}", "fetch it again")
+    if _FLOAT_BYTES * num_parameters(config) > path.stat().st_size:
+        raise CorruptFile(
+            f"{path}: shorter than the {num_parameters(config)} parameters of its header", "fetch it again"
+        )
     order = list(_order_v1(config) if version else _order_v0(config))
     expected = start + _FLOAT_BYTES * sum(count for _, count in order)
     if path.stat().st_size != expected:
@@ -82,26 +85,21 @@ def save_llama2c(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
             tensor.contiguous().numpy().astype("<f4", copy=False).tofile(file)
 
 
-def write_llama2c_tokenizer(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a vocabulary, given as GGUF fields, as a tokenizer.bin.
+def llama2c_tokenizer(fields: Mapping[str, Any]) -> bytes:
+    """The tokenizer.bin of a vocabulary given as GGUF fields.
 
     Raises: UserError if it is not a SentencePiece vocabulary, the only kind run.c reads.
     """
     if fields["tokenizer.ggml.model"] != "llama":
-        raise UserError(
-            f"{path}: llama2.c reads SentencePiece vocabularies only, not byte-level BPE", "write hf or gguf"
-        )
+        raise UserError("llama2.c reads SentencePiece vocabularies only, not byte-level BPE", "write hf or gguf")
     controls = (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"])
-    rows = []
-    for index, (piece, score) in enumerate(
-        zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True)
-    ):
-        text = f"\n{piece}\n" if index in controls else piece.replace("▁", " ")
-        rows.append((score, text.encode()))
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<i", max(len(text) for _, text in rows)))
-        for score, text in rows:
-            file.write(_TOKEN.pack(score, len(text)) + text)
+    texts = [
+        (f"\n{piece}\n" if index in controls else piece.replace("▁", " ")).encode()
+        for index, piece in enumerate(fields["tokenizer.ggml.tokens"])
+    ]
+    rows = zip(fields["tokenizer.ggml.scores"], texts, strict=True)
+    longest = struct.pack("<i", max(map(len, texts)))
+    return longest + b"".join(_TOKEN.pack(score, len(text)) + text for score, text in rows)
 
 
 def _config(path: Path, fields: tuple[int | None, ...]) -> ModelConfig:
@@ -111,8 +109,8 @@ def _config(path: Path, fields: tuple[int | None, ...]) -> ModelConfig:
         tied, vocab_size = vocab_size > 0, abs(vocab_size)
     if n_heads < 1 or dim % n_heads:
         raise CorruptFile(f"{path}: not a llama2.c model (its header says dim {dim}, {n_heads} heads)")
-    return layout.checked_config(
-        path, vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
+    return checked(
+        path, ModelConfig, vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=dim // n_heads, ffn_dim=ffn_dim, max_positions=max_positions, norm_eps=_NORM_EPS,
         rope_theta=_ROPE_THETA, tie_embeddings=bool(tied),
     )  # fmt: skip

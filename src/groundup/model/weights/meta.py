@@ -16,6 +16,7 @@ from groundup.base.files import atomic_file, read_json, write_json, write_text
 from groundup.base.progress import say
 from groundup.model.config import ModelConfig, ffn_width
 from groundup.model.weights import layout
+from groundup.model.weights.fields import Fields, checked
 from groundup.model.weights.layout import Stored, WeightsFile
 from groundup.model.weights.torchfile import open_torch_file
 
@@ -92,8 +93,12 @@ def save_meta(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PARAMS, _params(config))
     for rank in range(shards):
-        with atomic_file(folder / f"consolidated.{rank:02d}.pth") as temporary:
-            torch.save(dict(_rank_tensors(config, state, dtype, rank, shards)), temporary)
+        path = folder / f"consolidated.{rank:02d}.pth"
+        with atomic_file(path) as temporary:
+            try:
+                torch.save(dict(_rank_tensors(config, state, dtype, rank, shards)), temporary)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise UserError(f"{path}: cannot be written ({error})") from None
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKLIST)
     write_text(folder / CHECKLIST, "".join(f"{_md5(path)}  {path.name}\n" for path in files))
 
@@ -130,30 +135,28 @@ def _merged(paths: list[Path], name: str, pieces: list[Stored]) -> Stored:
 
 
 def _read_params(path: Path, tokenizer_size: int) -> ModelConfig:
-    params = read_json(path)
-    if not isinstance(params, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(params).__name__}")
-    for key in params:
+    read = Fields(path, read_json(path))
+    for key in read.values:
         if key not in _KEYS:
             raise UserError(f"{path}: key {key!r} is not one of Llama 2's", f"known: {', '.join(sorted(_KEYS))}")
-    if params.get("use_scaled_rope"):
+    if read.boolean("use_scaled_rope", False):
         raise UserError(f"{path}: use_scaled_rope = true does not give its factors", "load the Hugging Face folder")
-    for key in ("dim", "n_layers", "n_heads", "multiple_of"):
-        if not isinstance(params.get(key), int) or params[key] < 1:
-            raise UserError(f"{path}: {key} = {params.get(key)!r} must be a positive integer")
-    vocab_size = params.get("vocab_size", -1)
-    return layout.checked_config(
+    dim, n_heads = read.integer("dim"), read.integer("n_heads")
+    is_from_tokenizer = read.values.get("vocab_size", -1) == -1
+    multiplier = read.number("ffn_dim_multiplier") if read.values.get("ffn_dim_multiplier") is not None else None
+    return checked(
         path,
-        vocab_size=tokenizer_size if vocab_size == -1 else vocab_size,
-        dim=params["dim"],
-        n_layers=params["n_layers"],
-        n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=params["dim"] // params["n_heads"],
-        ffn_dim=ffn_width(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier")),
-        max_positions=params.get("max_seq_len", _MAX_POSITIONS),
-        norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_theta=float(params.get("rope_theta", 10_000.0)),
+        ModelConfig,
+        vocab_size=tokenizer_size if is_from_tokenizer else read.integer("vocab_size"),
+        dim=dim,
+        n_layers=read.integer("n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=read.integer("n_kv_heads", n_heads),
+        head_dim=dim // n_heads,
+        ffn_dim=ffn_width(dim, read.integer("multiple_of"), multiplier),
+        max_positions=read.integer("max_seq_len", _MAX_POSITIONS),
+        norm_eps=read.number("norm_eps", 1e-5),
+        rope_theta=read.number("rope_theta", 10_000.0),
     )
 
 
@@ -206,7 +209,7 @@ def _verify_checklist(folder: Path) -> None:
     path = folder / CHECKLIST
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*")
         if not name:
