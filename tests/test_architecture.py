@@ -56,7 +56,9 @@ def test_sizes(path: Path) -> None:
 
 
 STAGES = [path for path in FILES if path.parts[-2] == "stages"]
-GLUE = {"recipe", "pipeline", "plan", "show", "job"}
+# Not stages: what strings stages together, and what they share.
+GLUE = {"recipe", "pipeline", "plan", "show"}
+SHARED = {"groundup.stages.job", "groundup.stages.trained_model", "groundup.stages.models", "groundup.stages.resources"}
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
@@ -65,7 +67,7 @@ def test_stages_do_not_import_each_other(path: Path) -> None:
         return
     for name in imported_modules(ast.parse(path.read_text())):
         if name.startswith("groundup.stages."):
-            assert name == "groundup.stages.job", f"{path.stem} imports {name}: stages meet in artifacts only"
+            assert name in SHARED, f"{path.stem} imports {name}: stages meet in artifacts only"
 
 
 def test_packages_are_empty() -> None:

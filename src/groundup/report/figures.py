@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ _INK = "#010203"
 """Stands for the page's text colour in what matplotlib writes; no figure uses it as a colour of its own."""
 COLOURS = ("#2a7de1", "#e0702d", "#2fa36b", "#b05cc6")
 """Legible on white and on near-black."""
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.spines.top": False,
@@ -43,7 +44,7 @@ class Curve:
 
 def curves_svg(title: str, unit: str, curves: Sequence[Curve], name: str) -> str:
     """Curves over optimizer steps; `name` keeps the ids of several figures on one page apart."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.add_subplot()
         for number, curve in enumerate(curves):
@@ -78,7 +79,7 @@ def curves_svg(title: str, unit: str, curves: Sequence[Curve], name: str) -> str
 def bars_svg(title: str, counts: dict[str, float], name: str) -> str:
     """Horizontal bars, largest on top."""
     ordered = sorted(counts.items(), key=lambda item: item[1])
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name, "axes.grid": False}):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name, "axes.grid": False}):
         figure = Figure(figsize=(5.2, 0.7 + 0.28 * len(ordered)), layout="constrained")
         axes = figure.add_subplot()
         bars = axes.barh([label for label, _ in ordered], [value for _, value in ordered], color=COLOURS[0], height=0.7)

@@ -37,6 +37,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._measured: dict[tuple[ModelConfig, int], float] = {}
 
     @property
     def name(self) -> str:
@@ -60,7 +61,10 @@ class Machine:
     def training_rate(self, model: ModelConfig, train: TrainConfig, *, measure: bool) -> TrainingRate:
         """Tokens/s of training: some real micro batches for small models, else a share of the matmul rate."""
         if measure and num_parameters(model) < MEASURED_BELOW_PARAMETERS:
-            return TrainingRate(self._measure_training(model, train), is_measured=True)
+            key = (model, train.seq_len)
+            if key not in self._measured:
+                self._measured[key] = self._measure_training(model, train)
+            return TrainingRate(self._measured[key], is_measured=True)
         rate = self.matmul_flops[choose_precision(train.precision, self.device)]
         return TrainingRate(rate * ASSUMED_UTILISATION / flops_per_token(model, train.seq_len), is_measured=False)
 

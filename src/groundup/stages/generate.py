@@ -19,15 +19,13 @@ def generate(
         raise UserError("--system has no place in --raw text", "leave out one of the two")
     form = weights_form(weights)
     checkpoint = load_checkpoint(path)
+    tokenizer, chat = checkpoint.tokenizer, checkpoint.chat
+    stop_ids: tuple[int, ...] = (tokenizer.eos_id,) if raw else chat.stop_ids
     if raw:
-        ids, stop_ids = (
-            [checkpoint.tokenizer.bos_id, *checkpoint.tokenizer.encode(prompt)],
-            (checkpoint.tokenizer.eos_id,),
-        )
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     else:
-        messages = [Message("user", prompt)] if system is None else [Message("system", system), Message("user", prompt)]
-        ids, stop_ids = checkpoint.chat.encode_prompt(messages), checkpoint.chat.stop_ids
-    engine = Engine(checkpoint.model, checkpoint.tokenizer, max_slots=min(params.num_samples, 32), weights=form)
+        ids = chat.encode_prompt([*([Message("system", system)] if system else []), Message("user", prompt)])
+    engine = Engine(checkpoint.model, tokenizer, max_slots=min(params.num_samples, 32), weights=form)
     completions = engine.generate([ids], dataclasses.replace(params, stop_ids=stop_ids))[0]
     return [completion.text for completion in completions]
 

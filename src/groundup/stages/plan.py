@@ -26,7 +26,7 @@ from groundup.model.weights.hf_config import read_hf_config
 from groundup.stages.calibrate import ASSUMED_UTILISATION, Machine, free_disk_bytes
 from groundup.stages.import_model import ImportConfig
 from groundup.stages.pipeline import Pipeline, Stage, work_folder
-from groundup.stages.plan_table import StagePlan, notes, plan_table
+from groundup.stages.plan_table import StagePlan, notes, plan_table, short_number
 from groundup.stages.pretrain import PretrainConfig
 from groundup.stages.report import ReportConfig
 from groundup.stages.sft import SFTConfig
@@ -84,6 +84,7 @@ class Planner:
         self.vocab_size: int | None = None
         self.corpus_tokens: float | None = None
         self.model: ModelConfig | None = None
+        self.saved_bytes = 2
         self._unfinished: set[str] = set()
         self._estimates: dict[str, Callable[[StagePlan, Any, Artifact | None], None]] = {
             "curate": self._curate, "tokenizer": self._tokenizer, "shards": self._shards, "pretrain": self._pretrain,
@@ -195,6 +196,7 @@ class Planner:
 
     def _training(self, row: StagePlan, train: TrainConfig, epoch_tokens: float | None, saved_bytes: int) -> None:
         assert self.model is not None
+        self.saved_bytes = saved_bytes
         row.parameters = num_parameters(self.model)
         row.memory_bytes = training_memory_bytes(self.model, train, self.machine.device.type)
         row.disk_bytes = row.parameters * (CHECKPOINT_BYTES * (train.keep_checkpoints + 1) + saved_bytes)
@@ -210,13 +212,15 @@ class Planner:
         rate = self.machine.training_rate(self.model, train, measure=self.measure and fits)
         row.seconds = row.tokens / rate.tokens_per_second
         how = "measured" if rate.is_measured else f"assumed: {ASSUMED_UTILISATION:.0%} of this machine's matmul rate"
-        row.notes.append(f"{steps:,} steps of {step_tokens:,} tokens; {rate.tokens_per_second:,.3g} tokens/s ({how})")
+        row.notes.append(
+            f"{steps:,} steps of {step_tokens:,} tokens; {short_number(rate.tokens_per_second)} tokens/s ({how})"
+        )
 
     def _report(self, row: StagePlan, config: ReportConfig, artifact: Artifact | None) -> None:
         row.disk_bytes, row.seconds = 1e6, 5.0
         if self.model is not None and config.prompts:
             tokens = len(config.prompts) * config.max_new_tokens
-            row.memory_bytes = PROCESS_BYTES + 8 * num_parameters(self.model)
+            row.memory_bytes = PROCESS_BYTES + 1.5 * self.saved_bytes * num_parameters(self.model)
             row.seconds += tokens * num_parameters(self.model) / DECODE_PARAMETERS_PER_SECOND
 
 
@@ -252,6 +256,7 @@ def show_plan(pipeline: Pipeline, *, as_json: bool) -> None:
         f"{machine.name}, {machine.memory_bytes / 1e9:.1f} GB of memory free, {disk_free / 1e9:,.1f} GB of disk free; "
         f"one large matmul: {rates}",
         highlight=False,
+        soft_wrap=True,
     )
     out.print(plan_table(rows, detailed=True))
     for line in notes(rows):

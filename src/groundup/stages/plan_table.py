@@ -32,7 +32,7 @@ def plan_table(rows: Sequence[StagePlan], *, detailed: bool) -> Table:
     for heading in ("parameters", "tokens", *(("FLOPs", "memory", "disk") if detailed else ()), "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [_count(row.parameters), _count(row.tokens)]
+        cells = [UNKNOWN if value is None else short_number(value) for value in (row.parameters, row.tokens)]
         if detailed:
             cells += [_power(row.flops), _bytes(row.memory_bytes), _bytes(row.disk_bytes)]
         trains = row.stage in ("pretrain", "sft_v1", "sft_v2")
@@ -44,13 +44,12 @@ def plan_table(rows: Sequence[StagePlan], *, detailed: bool) -> Table:
     return table
 
 
-def _count(value: float | None) -> str:
-    if value is None:
-        return UNKNOWN
+def short_number(value: float) -> str:
+    """Three significant digits with k, M, B or T."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
-    return f"{value:.0f}"
+    return f"{value:.3g}"
 
 
 def _power(value: float | None) -> str:

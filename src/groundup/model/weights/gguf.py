@@ -109,10 +109,14 @@ def save_gguf(
         if factors is not None:
             writer.write_tensor_data(factors)
         parts = layout.unfuse_interleaved(config, state)
-        for part, tensor in track(parts, f"writing {path.name}", len(kinds), "tensors"):
-            values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-            writer.write_tensor_data(quantize(values, kinds[part]))
-        writer.close()
+        try:
+            for part, tensor in track(parts, f"writing {path.name}", len(kinds), "tensors"):
+                values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+                writer.write_tensor_data(quantize(values, kinds[part]))
+        except OSError as error:  # numpy's, which says how much it wrote and not why
+            raise layout.cannot_write(path, error) from None
+        finally:
+            writer.close()
 
 
 def _tensor_kind(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -173,5 +173,5 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
+        raise layout.cannot_write(path, error) from None
     fsync_path(path)

@@ -54,6 +54,11 @@ class WeightsFile:
         return found
 
 
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """For libraries that report a full disk in exceptions of their own."""
+    return UserError(f"{path}: cannot be written ({error})", "is the disk full? nothing that was there before is lost")
+
+
 def block_part(layer: int, part: str) -> str:
     """The name of a part of block `layer`."""
     return f"blocks.{layer}.{part}"

@@ -82,7 +82,7 @@ def save_llama2c(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
             heads = layout.rotary_heads(config, part)
             tensor = tensors[part].detach().to("cpu", torch.float32)
             tensor = tensor if heads is None else layout.to_interleaved(tensor, heads)
-            tensor.contiguous().numpy().astype("<f4", copy=False).tofile(file)
+            file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
 
 
 def llama2c_tokenizer(fields: Mapping[str, Any]) -> bytes:

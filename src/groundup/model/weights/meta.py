@@ -97,8 +97,8 @@ def save_meta(
         with atomic_file(path) as temporary:
             try:
                 torch.save(dict(_rank_tensors(config, state, dtype, rank, shards)), temporary)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise UserError(f"{path}: cannot be written ({error})") from None
+            except RuntimeError as error:
+                raise layout.cannot_write(path, error) from None
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKLIST)
     write_text(folder / CHECKLIST, "".join(f"{_md5(path)}  {path.name}\n" for path in files))
 
