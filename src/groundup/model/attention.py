@@ -105,13 +105,13 @@ class _BlockCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, block_tokens: int) -> Tensor:
-        T = q.shape[2]
+        N, R, T, K = q.shape
         outs, kept = [], []
         for start in range(0, T, block_tokens):
             end = min(start + block_tokens, T)
             shares, total = _shares(q, k, document_ids, start, end)
             mixed = torch.bmm(shares, v[:, :end])
-            outs.append((mixed / total).to(q.dtype).unflatten(1, (-1, end - start)))  # (N, R, t, K)
+            outs.append((mixed / total).to(q.dtype).view(N, R, end - start, K))  # (N, R, t, K)
             if T <= MAX_KEPT_TOKENS:
                 kept += [shares, total]
         out = torch.cat(outs, 2)
@@ -122,7 +122,7 @@ class _BlockCausal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, document_ids, *kept = ctx.saved_tensors
-        T = q.shape[2]
+        N, R, T, K = q.shape
         query_gradients = []
         key_gradient, value_gradient = (torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (k, v))
         for index, start in enumerate(range(0, T, ctx.block_tokens)):
@@ -133,7 +133,7 @@ class _BlockCausal(torch.autograd.Function):
             above = above.to(q.dtype)
             value_gradient[:, :end] += torch.bmm(shares.transpose(1, 2), above)
             score_gradient = (shares * (torch.bmm(above, v[:, :end].transpose(1, 2)) - inner)).to(q.dtype)
-            query_gradients.append(torch.bmm(score_gradient, k[:, :end]).unflatten(1, (-1, end - start)))
+            query_gradients.append(torch.bmm(score_gradient, k[:, :end]).view(N, R, end - start, K))
             key_gradient[:, :end] += torch.bmm(score_gradient.transpose(1, 2), q[:, :, start:end].flatten(1, 2))
         return torch.cat(query_gradients, 2), key_gradient.to(k.dtype), value_gradient.to(v.dtype), None, None
 
@@ -143,7 +143,8 @@ def _shares(q: Tensor, k: Tensor, document_ids: Tensor | None, start: int, end: 
 
     Shapes: (N, R*t, end) in q's dtype, (N, R*t, 1).
     """
-    scores = torch.bmm(q[:, :, start:end].flatten(1, 2), k[:, :end].transpose(1, 2)).unflatten(1, (-1, end - start))
+    N, R = q.shape[:2]
+    scores = torch.bmm(q[:, :, start:end].flatten(1, 2), k[:, :end].transpose(1, 2)).view(N, R, end - start, end)
     # int32: twice as many comparisons an instruction as in int64.
     tokens = torch.arange(end, dtype=torch.int32, device=q.device)
     is_visible = tokens[start:, None] >= tokens  # (t, end)

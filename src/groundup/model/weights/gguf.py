@@ -89,7 +89,7 @@ def save_gguf(
     """
     kind, file_type = _TYPES[quantisation]
     kinds = {part: _tensor_kind(shape, kind) for part, shape in layout.part_shapes(config).items()}
-    odd = [part for part, other in kinds.items() if other == GGMLQuantizationType.F16 != kind]
+    odd = [part for part, other in kinds.items() if other not in (kind, GGMLQuantizationType.F32)]
     if odd:
         say(f"note: rows of {len(odd)} matrices, e.g. {gguf_name(odd[0])}, do not fill q8_0 blocks; they stay f16")
     with atomic_file(path) as temporary:
