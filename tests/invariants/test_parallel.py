@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from groundup.base.metrics import METRICS_FILE, read_metrics
+from groundup.train.meter import TIMING_KEYS
 
 WORKER = Path(__file__).with_name("training_worker.py")
 RUNS = ("ddp:ddp:7:untied", "fsdp:fsdp:7:untied", "ddp:ddp-tied:7:tied", "fsdp:fsdp-tied:7:tied")
@@ -85,3 +88,25 @@ def test_what_two_ranks_wrote_one_continues_and_the_other_way_round(
     run = runs / resumed / f"resumed{tied}"
     assert_same_training(runs / "one" / f"ddp{tied}", run)
     assert losses(run)[:6] == losses(runs / f"{origin}{tied}")[:6], "steps before the checkpoint were done again"
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_at_once_and_a_restart_finishes_it_bitwise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    job = ("train", str(tmp_path), "ddp:killed:60:untied")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *job], env=environment, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "step-00000006").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = [child for child in psutil.Process(process.pid).children() if str(WORKER) in child.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    assert process.wait(timeout=60) != 0
+    assert not any(rank.is_running() for rank in ranks)
+    launch(tmp_path, ("ddp:killed:60:untied", "ddp:whole:60:untied"), 2)
+    rows = [read_metrics(tmp_path / name / "logs" / METRICS_FILE) for name in ("killed", "whole")]
+    for mine, theirs in zip(*rows, strict=True):
+        assert all(mine[key] == theirs[key] for key in theirs if key not in TIMING_KEYS)
+    a, b = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

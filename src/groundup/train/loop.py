@@ -33,8 +33,8 @@ Evaluate = Callable[[Transformer, int], dict[str, float]]
 Sample = Callable[[Transformer, int], str]
 Precision = Literal["bf16", "fp32"]
 CHECKPOINTS = "checkpoints"
-COMPILING_PAYS_FLOPS = {"cpu": 3e13, "cuda": 2e16}
-"""Arithmetic of one rank above which compiling pays: about five minutes of two CPU cores, three of a large GPU. A fixed
+COMPILING_PAYS_FLOPS = {"cpu": 2e13, "cuda": 2e16}
+"""Arithmetic of one rank above which compiling pays: about three minutes of two CPU cores or of a large GPU. A fixed
 number and not a timing, because compiled and eager code round differently and a resumed run must choose the same."""
 
 

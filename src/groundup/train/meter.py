@@ -62,7 +62,7 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
 
     Choice: measured here instead of a data sheet's number, so that it holds for every machine.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 2048
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(5):

@@ -127,7 +127,9 @@ def test_sft_trains_on_all_sources_and_counts_everything(
     read, packing, held_out = (metrics[key] for key in ("dialogues_read", "packing", "held_out_packing"))
     assert read["kept"] == 41
     assert sum(read["dropped"].values()) == 1
-    assert packing["dialogues"] + held_out["dialogues"] + packing["too_long_dropped"] + held_out["too_long_dropped"] == 41
+    assert (
+        packing["dialogues"] + held_out["dialogues"] + packing["too_long_dropped"] + held_out["too_long_dropped"] == 41
+    )
     assert packing["too_long_dropped"] + held_out["too_long_dropped"] == 1
     assert metrics["target_tokens"] == 2 * packing["target_tokens"], "each response token twice: two epochs"
     logged = read_metrics(job.out / "logs" / METRICS_FILE)
