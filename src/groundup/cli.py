@@ -324,3 +324,7 @@ def data_get(
 def main() -> None:
     """Entry point of the `groundup` command."""
     app(prog_name="groundup")
+
+
+if __name__ == "__main__":
+    main()

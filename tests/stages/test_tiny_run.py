@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from groundup import cli
 from groundup.base.artifacts import open_artifact
 
 ARTIFACTS = ["corpus", "tokenizer", "shards", "base", "sft-v1", "sft-v2", "report"]
-NOUNS = "dog cat bird river tree house boat child king farmer stone cloud song letter window garden road bridge".split()
-VERBS = "sees likes finds follows carries paints hears leaves builds remembers".split()
-ADJECTIVES = "small old quiet green happy broken bright cold gentle strange".split()
+NOUNS = ("dog", "cat", "bird", "river", "tree", "house", "boat", "child", "king", "farmer", "stone", "cloud", "song")
+VERBS = ("sees", "likes", "finds", "follows", "carries", "paints", "hears", "leaves", "builds", "remembers")
+ADJECTIVES = ("small", "old", "quiet", "green", "happy", "broken", "bright", "cold", "gentle", "strange")
 PLACES = ["by the sea", "in the forest", "near the old mill", "under the moon", "on the hill", "at the market"]
 
 RECIPE = """
@@ -55,7 +56,7 @@ sft_v1: &sft
   sample_tokens: 8
 sft_v2: *sft
 report:
-  prompts: [What is a river?]
+  prompts: ["What is a river?"]
   max_new_tokens: 8
 """
 
@@ -218,7 +219,7 @@ def test_kill_9_in_training_and_resume(workplace: Path, tmp_path: Path) -> None:
     alone = groundup("run", workplace / "tiny.yaml", "--out", tmp_path / "alone", *overrides)
     assert alone.returncode == 0, alone.stderr
     out = tmp_path / "killed"
-    for stage, wait_seconds in (("base", 0.0), ("base", 0.3), ("sft-v1", 0.1)):
+    for stage, wait_seconds in (("base", 0.2), ("sft-v1", 0.1)):
         with subprocess.Popen(
             command("run", workplace / "tiny.yaml", "--out", out, *overrides),
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment(),
@@ -237,7 +238,8 @@ def test_kill_9_in_training_and_resume(workplace: Path, tmp_path: Path) -> None:
     assert not (out / ".work").exists()
 
 
-def test_interrupt_says_how_to_go_on(workplace: Path, tmp_path: Path) -> None:
+def test_interrupt_says_how_to_go_on(workplace: Path, finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "out")
     with subprocess.Popen(
         command("run", workplace / "tiny.yaml", "--out", tmp_path / "out", "pretrain.steps=100000"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
@@ -268,8 +270,8 @@ def test_disk_full_while_writing(workplace: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False, env=environment()
     )
     assert done.returncode == 2, done.stderr
-    assert "disk is full" in done.stderr
-    assert "run the same command to go on" in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "run the same command" in done.stderr
     assert "Traceback" not in done.stderr
     made = [name for name in ARTIFACTS if (out / name).exists()]
     assert made
@@ -329,8 +331,6 @@ def test_missing_recipe_and_models(workplace: Path, finished: tuple[Path, str, s
 
 
 def test_truncated_model_is_named(workplace: Path, finished: tuple[Path, str, str], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished[0], tmp_path / "out")
     weights = tmp_path / "out" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

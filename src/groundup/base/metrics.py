@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from groundup.base.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -20,7 +22,7 @@ class MetricsLog:
         self.path = folder / METRICS_FILE
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] < resume_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         self._events = _event_writer(folder, resume_step)
 

@@ -141,9 +141,7 @@ class Engine:
         assert not self._active, "responses are being generated"
         self.prepared = prepare(self._source, self._weights)
         self.model = self.prepared.model
-        # fp32 on CPUs: products with one query are no faster in bf16 there, and scores keep their precision.
-        dtype = torch.float32 if self.device.type == "cpu" else self.model.norm.weight.dtype
-        self.cache = SlotCache(self.model.config, self.max_slots, dtype, self.device)
+        self.cache = SlotCache(self.model.config, self.max_slots, self.prepared.cache_dtype, self.device)
         self._resident: list[list[int]] = [[] for _ in range(self.max_slots)]
 
     # ---- requests

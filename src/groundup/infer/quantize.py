@@ -30,6 +30,8 @@ class Prepared:
     head: nn.Module
     weight_bytes: int
     """Memory of all weights; what is shared with the source model is counted too."""
+    cache_dtype: torch.dtype
+    """Of keys and values: bf16 unless all arithmetic is fp32."""
 
 
 class PackedLinear(nn.Module):
@@ -121,7 +123,8 @@ def prepare(model: Transformer, weights: Weights) -> Prepared:
         raise UserError(f"weights = {weights!r} is not known", f"one of: {', '.join(WEIGHTS)}")
     device = model.embed.weight.device
     if weights == "as is":
-        return Prepared(model, _SharedHead(model), sum(parameter.nbytes for parameter in model.parameters()))
+        weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        return Prepared(model, _SharedHead(model), weight_bytes, model.embed.weight.dtype)
     if weights in ("int8", "int4") and device.type != "cpu":
         raise UserError(f"weights = {weights!r} runs on the CPU only, and the model is on {device}", "use 'bf16'")
     # int8 products return fp32, so that the residual stream stays fp32 as well; the 4-bit kernel is fast in bf16 only.
@@ -145,7 +148,8 @@ def prepare(model: Transformer, weights: Weights) -> Prepared:
     layers = [*twin.modules(), head]
     linear_bytes = sum(layer.num_bytes for layer in layers if isinstance(layer, PackedLinear | Int8Linear | Int4Linear))
     plain_bytes = sum(p.nbytes for part in (twin, head) for p in part.parameters())
-    return Prepared(twin.eval(), head, linear_bytes + plain_bytes)
+    cache_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    return Prepared(twin.eval(), head, linear_bytes + plain_bytes, cache_dtype)
 
 
 def make_linear(weight: Tensor, weights: Weights) -> nn.Module:

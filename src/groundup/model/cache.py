@@ -2,9 +2,9 @@
 
 Shape letters: B sequences, T tokens, S cached positions, G key/value heads, K channels per head, L layers.
 
-Choice: one slot per sequence, (slots, G, S, K) per layer, grown in blocks as slots and positions are needed. Pages would
-waste less memory when lengths differ much, but each step would have to gather them. The engine keeps its active sequences
-in slots 0..n-1, so that a step reads one contiguous view; a prefix is reused by copying it to another slot.
+Choice: one slot per sequence, grown in blocks as slots and positions are needed. Pages would waste less memory when
+lengths differ much, but each step would have to gather them. The engine keeps its active sequences in slots 0..n-1, so
+that a step reads one view; a prefix is reused by copying it to another slot.
 """
 
 import torch
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from groundup.model.config import ModelConfig
 
-BLOCK_POSITIONS = 64
-"""Small, because dense storage counts: attention over the used half of a larger one is half as fast on CPUs."""
-USED_ROUNDING = 16
+BLOCK_POSITIONS = 32
 
 
 class SlotCache:
@@ -22,9 +20,9 @@ class SlotCache:
 
     def __init__(self, config: ModelConfig, max_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.max_slots = max_slots
-        empty = (0, config.n_kv_heads, 0, config.head_dim)
-        self.keys = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.values = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        G, K, layers = config.n_kv_heads, config.head_dim, range(config.n_layers)
+        self.keys = [torch.empty(0, G, 0, K, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(0, G, 0, K, dtype=dtype, device=device) for _ in layers]
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -39,15 +37,14 @@ class SlotCache:
         """Make room for at least so many and keep what is stored. New memory is zero: masked positions must be finite."""
         old_slots, old_positions = self.capacity
         assert slots <= self.max_slots
-        positions = max(old_positions, BLOCK_POSITIONS * -(-positions // BLOCK_POSITIONS))
+        positions = max(old_positions, _whole_blocks(positions))
         slots = old_slots if slots <= old_slots else min(self.max_slots, max(slots, 2 * old_slots))
         if (slots, positions) == (old_slots, old_positions):
             return
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                new = old.new_zeros(slots, old.shape[1], positions, old.shape[3])
-                new[:old_slots, :, :old_positions] = old
-                store[layer] = new
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(slots, old.shape[1], positions, old.shape[3])
+                tensors[layer][:old_slots, :, :old_positions] = old
 
     def begin(self, first_slot: int, starts: list[int], T: int) -> Tensor:
         """The next forward holds T tokens for each of slots first_slot, first_slot + 1, ..., from positions `starts` on.
@@ -60,13 +57,14 @@ class SlotCache:
         self.slots = slice(first_slot, first_slot + len(starts))
         self._slot_index = torch.arange(first_slot, self.slots.stop, device=device)[:, None]  # (B, 1)
         self._is_fresh = max(starts) == 0
-        used = USED_ROUNDING * -(-(max(starts) + T) // USED_ROUNDING)
-        self.used_positions = min(used, self.capacity[1])
+        # A view of all positions is dense, and the products of a step copy what is not: cut only where that pays.
+        used, positions = _whole_blocks(max(starts) + T), self.capacity[1]
+        self.used_positions = used if 2 * used < positions else positions
         self.is_visible = (torch.arange(self.used_positions, device=device) <= self.positions[:, :, None])[:, None]
         return self.positions
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, G, K); returns the used keys and values of these slots, (B, G, S, K) in the cache's dtype."""
+        """Write k, v (B, T, G, K); returns the keys and values of these slots, (B, G, S, K) in the cache's dtype."""
         keys, values = self.keys[layer], self.values[layer]
         keys.transpose(1, 2)[self._slot_index, self.positions] = k.to(keys.dtype)
         values.transpose(1, 2)[self._slot_index, self.positions] = v.to(values.dtype)
@@ -82,8 +80,8 @@ class SlotCache:
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another: a shared prefix."""
         self.reserve(target + 1, length)
-        for store in (*self.keys, *self.values):
-            store[target, :, :length] = store[source, :, :length]
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots."""
@@ -93,5 +91,9 @@ class SlotCache:
 
 def cache_bytes(config: ModelConfig, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> int:
     """Memory in bytes of a full cache: 2 x L x G x K numbers for every position of every slot."""
-    positions = BLOCK_POSITIONS * -(-positions // BLOCK_POSITIONS)
+    positions = _whole_blocks(positions)
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * slots * positions * dtype.itemsize
+
+
+def _whole_blocks(positions: int) -> int:
+    return BLOCK_POSITIONS * -(-positions // BLOCK_POSITIONS)

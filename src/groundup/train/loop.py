@@ -224,7 +224,7 @@ class _Run:
         """The held-out loss and the sample text that are due after `step` steps."""
         row: dict[str, Any] = {}
         is_last = step == self.total_steps
-        with torch.no_grad():
+        with torch.no_grad(), self.meter.paused():
             if evaluate is not None and (is_last or _is_due(step, self.config.evaluate_every_steps)):
                 with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     row |= evaluate(self.model, step)
@@ -256,9 +256,9 @@ class _Run:
         self.done.losses, self.done.seconds = self.guard.losses, round(self.meter.seconds, 3)
         if self.metrics is not None:
             self.metrics.sync()
-        self.checkpoints.save(self.model, self.optimizer, step, self.identity, asdict(self.done))
+        with self.meter.paused():
+            self.checkpoints.save(self.model, self.optimizer, step, self.identity, asdict(self.done))
         self.last_checkpoint = time.monotonic()
-        self.meter.skip()
 
     def _is_time_to_save(self) -> bool:
         """Asked on rank 0 only, whose answer all ranks get with the sums of the step."""

@@ -32,8 +32,10 @@ LossFn = Callable[[Transformer, Batch], LossSum]
 # Measured: the logits of 256 rows stay in a CPU's cache while they become gradients; a GPU wants more rows.
 CPU_CHUNK_ROWS = 256
 GPU_CHUNK_ROWS = 1024
-# The product for the weight's gradient takes several chunks at once: each adds a whole (V, D) matrix to the sum.
+# The weight's gradient is summed over several chunks by one product, and a slice of the vocabulary at a time: every
+# addition to the (V, D) sum reads and writes all of it, and what is added need not leave the cache.
 _CHUNKS_PER_SUM = 4
+_VOCABULARY_SLICE = 4096
 
 
 def lm_loss(model: Transformer, batch: Batch) -> LossSum:
@@ -140,7 +142,9 @@ def _score_rows(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tenso
                 scores.hidden_gradient[start:end] = (chunk @ narrow_weight) * scale
                 scaled[start - group : end - group] = hidden[start:end] * scale
         if scores.weight_gradient is not None:
-            scores.weight_gradient += shares[: group_end - group].T @ scaled
+            for first in range(0, V, _VOCABULARY_SLICE):
+                words = slice(first, first + _VOCABULARY_SLICE)
+                scores.weight_gradient[words] += shares[: group_end - group, words].T @ scaled
     return scores
 
 
@@ -177,18 +181,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         scores = _score_rows(hidden, weight, targets, -row_weights if wants_gradient else None, plan)
-        if scores.hidden_gradient is not None and scores.weight_gradient is not None:
-            ctx.save_for_backward(scores.hidden_gradient, scores.weight_gradient)
-            ctx.weight_dtype = weight.dtype
+        ctx.gradients = (scores.hidden_gradient, scores.weight_gradient)
+        ctx.weight_dtype = weight.dtype
         num_correct = scores.is_correct.sum()
         ctx.mark_non_differentiable(num_correct)
         return -(row_weights * scores.logps).sum(), num_correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scaled = (weight_gradient * upstream[0]).to(ctx.weight_dtype)
-        return hidden_gradient * upstream[0], scaled, None, None, None, None
+        assert ctx.gradients is not None, (
+            "the loss can be differentiated once: its gradients are handed over, not copied"
+        )
+        (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
+        hidden_gradient.mul_(upstream[0])
+        weight_gradient.mul_(upstream[0])
+        return hidden_gradient, weight_gradient.to(ctx.weight_dtype), None, None, None, None
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -1,8 +1,10 @@
 """How fast, how well used, how much memory."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +51,15 @@ class Meter:
             self._matmul_rate = matmul_flops_per_second(self.device, self.precision)
         if self._matmul_rate is not None:
             values["matmul_share"] = round(rate * self.flops_per_token / (self._matmul_rate * self.world_size), 4)
-        self.skip()
+        self._last, self._tokens_at_last = time.monotonic(), self._tokens
         return values
 
-    def skip(self) -> None:
-        """Leave out the time since the last reading (a checkpoint, an evaluation)."""
-        self._last, self._tokens_at_last = time.monotonic(), self._tokens
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside (a checkpoint, an evaluation) out of the rate."""
+        started = time.monotonic()
+        yield
+        self._last += time.monotonic() - started
 
 
 def matmul_flops_per_second(device: torch.device, precision: str) -> float:

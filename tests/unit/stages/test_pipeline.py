@@ -1,6 +1,7 @@
 """The pipeline on fake stages that count their runs: skipping, resuming, publishing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -245,3 +246,48 @@ def test_other_ranks_take_part_but_do_not_publish(
     assert counts(modules) == [1, 2, 0, 0]
     assert modules["second"].jobs[0].work == modules["second"].jobs[1].work
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["one", "two"]
+
+
+KILL_POINTS = [(shutil, "rmtree"), (os, "replace"), (os, "fsync"), (os, "open")]
+
+
+def run_and_die(out: Path, die_at: int) -> bool:
+    """Run in a child that ends without clean-up before its n-th file operation; whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function: Any) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == die_at:
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return call
+
+        for module, name in KILL_POINTS:
+            setattr(module, name, counted(getattr(module, name)))
+        try:
+            run(FakeRecipe(second=FakeConfig(text="new")), out)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_killed_at_every_file_operation(tmp_path: Path, modules: dict[str, FakeModule]) -> None:
+    """An old artifact is replaced by a new one: whenever that is cut, one whole version is there, and a re-run ends well."""
+    died = 0
+    for die_at in range(1, 200):
+        out = tmp_path / str(die_at)
+        run(FakeRecipe(), out)
+        if not run_and_die(out, die_at):
+            break
+        died += 1
+        whole = open_artifact(out / "two", verify=True)
+        assert whole.file("text").read_text() in ("aa", "anew")
+        run(FakeRecipe(second=FakeConfig(text="new")), out)
+        assert open_artifact(out / "two", verify=True).file("text").read_text() == "anew"
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "one", "two"], f"killed at {die_at}"
+    assert 10 < died < 199

@@ -23,7 +23,23 @@ from groundup.stages.sft import SFTConfig
 from groundup.text.tokenizer import load_tokenizer, train_tokenizer
 from groundup.train.meter import TIMING_KEYS
 
-WORDS = "the cat dog bird sees hears likes a small red old house tree river and then runs home".split()
+WORDS = (
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "likes",
+    "a",
+    "small",
+    "red",
+    "old",
+    "house",
+    "tree",
+    "river",
+    "home",
+)
 SHAPE = {"preset": "260k", "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 PRETRAIN = {
     "model": SHAPE, "steps": 6, "batch_rows": 8, "micro_rows": 4, "seq_len": 64, "lr": 3e-3, "precision": "fp32",
