@@ -2,10 +2,10 @@
 
     python benchmarks/train.py [--config S M L] [--rounds 4] [--seconds 8] [--peers NAME ...]
 
-Every peer lives in a process of its own for the whole comparison, and the peers take turns, so that a slow minute of the
-machine hits all of them; a matmul of 2048 x 2048 (8192 on a GPU) is a peer too. A step is forward, backward, clipping and
-fused AdamW on fp32 weights. With CUDA the configurations are 110m and 1b, and the share is the model-FLOP utilisation
-against that matmul.
+Every peer lives in a process of its own for the whole comparison, and the peers take turns, so that a slow minute of
+the machine hits all of them; a matmul of 2048 x 2048 (8192 on a GPU) is a peer too. A step is forward, backward,
+clipping and fused AdamW on fp32 weights. With CUDA the configurations are 110m and 1b, and the share is the model-FLOP
+utilisation against that matmul.
 """
 
 import argparse
@@ -153,10 +153,11 @@ def work(peer: str, case: Case, device_type: str, threads: int, pipe: Connection
 def compare(case: Case, peers: list[str], rounds: int, seconds: float, device: str, threads: int) -> None:
     """Run the peers in turns and print a Markdown table."""
     context = multiprocessing.get_context("spawn")
-    pipes, first_step = {}, {}
+    pipes, processes, first_step = {}, [], {}
     for peer in peers:
         pipes[peer], theirs = context.Pipe()
-        context.Process(target=work, args=(peer, case, device, threads, theirs), daemon=True).start()
+        processes.append(context.Process(target=work, args=(peer, case, device, threads, theirs), daemon=True))
+        processes[-1].start()
         first_step[peer] = pipes[peer].recv()
     rates: dict[str, list[float]] = {peer: [] for peer in peers}
     for _ in range(rounds):
@@ -165,6 +166,8 @@ def compare(case: Case, peers: list[str], rounds: int, seconds: float, device: s
             rates[peer].append(pipes[peer].recv())
     for pipe in pipes.values():
         pipe.send(None)
+    for process in processes:
+        process.join()
     flops = flops_per_token(case.model, case.tokens)
     limit = statistics.median(rates[MATMUL])
     print("| peer | tokens/s (median) | min-max | groundup is faster by | % of matmul | first step s |")

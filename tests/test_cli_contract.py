@@ -74,7 +74,8 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom groundup.cli import main\nsys.argv = ['groundup', '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'sentencepiece', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
+        "heavy = {'torch', 'numpy', 'pydantic', 'sentencepiece', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -141,7 +141,12 @@ class Engine:
         assert not self._active, "responses are being generated"
         self.prepared = prepare(self._source, self._weights)
         self.model = self.prepared.model
-        self.cache = SlotCache(self.model.config, self.max_slots, self.prepared.cache_dtype, self.device)
+        self._forget()
+
+    def _forget(self) -> None:
+        # fp32 on CPUs: attention of single queries is no faster in bf16 there, and scores keep their precision.
+        dtype = torch.float32 if self.device.type == "cpu" else self.model.norm.weight.dtype
+        self.cache = SlotCache(self.model.config, self.max_slots, dtype, self.device)
         self._resident: list[list[int]] = [[] for _ in range(self.max_slots)]
 
     # ---- requests
@@ -154,6 +159,9 @@ class Engine:
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         requests = [self._new_request(prompt, p, is_streamed=False) for prompt, p in zip(prompts, each)]
+        if not self._active and not self._waiting:
+            # Results then do not depend on earlier calls, and a cache that was grown for longer ones is not dragged along.
+            self._forget()
         self._waiting.extend(response for request in requests for response in request)
         try:
             while any(response.finish_reason is None for request in requests for response in request):

@@ -30,8 +30,6 @@ class Prepared:
     head: nn.Module
     weight_bytes: int
     """Memory of all weights; what is shared with the source model is counted too."""
-    cache_dtype: torch.dtype
-    """Of keys and values: bf16 unless all arithmetic is fp32."""
 
 
 class PackedLinear(nn.Module):
@@ -124,7 +122,7 @@ def prepare(model: Transformer, weights: Weights) -> Prepared:
     device = model.embed.weight.device
     if weights == "as is":
         weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        return Prepared(model, _SharedHead(model), weight_bytes, model.embed.weight.dtype)
+        return Prepared(model, _SharedHead(model), weight_bytes)
     if weights in ("int8", "int4") and device.type != "cpu":
         raise UserError(f"weights = {weights!r} runs on the CPU only, and the model is on {device}", "use 'bf16'")
     # int8 products return fp32, so that the residual stream stays fp32 as well; the 4-bit kernel is fast in bf16 only.
@@ -148,8 +146,7 @@ def prepare(model: Transformer, weights: Weights) -> Prepared:
     layers = [*twin.modules(), head]
     linear_bytes = sum(layer.num_bytes for layer in layers if isinstance(layer, PackedLinear | Int8Linear | Int4Linear))
     plain_bytes = sum(p.nbytes for part in (twin, head) for p in part.parameters())
-    cache_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-    return Prepared(twin.eval(), head, linear_bytes + plain_bytes, cache_dtype)
+    return Prepared(twin.eval(), head, linear_bytes + plain_bytes)
 
 
 def make_linear(weight: Tensor, weights: Weights) -> nn.Module:

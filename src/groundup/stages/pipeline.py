@@ -182,7 +182,9 @@ def run_pipeline(pipeline: Pipeline, stages: Sequence[Stage]) -> list[Artifact]:
             artifact = pipeline.finished(stage)
             if artifact is not None:
                 tell(f"unchanged, skipped ({artifact.path})")
-                _remove_work(pipeline.out, stage, artifact.manifest["fingerprint"])
+                if rank.is_first:
+                    _remove_work(pipeline.out, stage, artifact.manifest["fingerprint"])
+                    shutil.rmtree(artifact.path.with_name(f".{artifact.path.name}.old"), ignore_errors=True)
             else:
                 tell("started")
                 started = time.monotonic()

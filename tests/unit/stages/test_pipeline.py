@@ -277,7 +277,7 @@ def run_and_die(out: Path, die_at: int) -> bool:
 
 
 def test_killed_at_every_file_operation(tmp_path: Path, modules: dict[str, FakeModule]) -> None:
-    """An old artifact is replaced by a new one: whenever that is cut, one whole version is there, and a re-run ends well."""
+    """An old artifact is replaced by a new one: cut anywhere, one whole version is there and a re-run ends it."""
     died = 0
     for die_at in range(1, 200):
         out = tmp_path / str(die_at)

@@ -23,7 +23,7 @@ class FakeMachine(Machine):
 
     name = "a fake machine"
     memory_bytes = 16_000_000_000
-    matmul_flops = {"bf16": 1e12, "fp32": 5e11}  # noqa: RUF012 - stands for a property
+    matmul_flops = {"bf16": 1e12, "fp32": 5e11}
 
     def training_rate(self, model: ModelConfig, train: TrainConfig, *, measure: bool) -> TrainingRate:
         return TrainingRate(1000.0, is_measured=measure)
