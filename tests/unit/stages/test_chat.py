@@ -1,4 +1,4 @@
-"""The conversation of `groundup chat`: context kept, oldest turns dropped with a notice, refused questions not asked."""
+"""The conversation of `groundup chat`: context kept, oldest turns dropped, refused questions not asked."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def test_context_is_kept_and_the_oldest_exchange_goes_first(conversation: Conver
     assert "".join(conversation.ask("one two three")) == "I heard 3"
     assert "".join(conversation.ask("four five")) == "I heard 8"
     assert [turn.content for turn in conversation.turns] == ["one two three", "I heard 3", "four five", "I heard 8"]
-    assert "".join(conversation.ask("six")) == "I heard 6"
+    assert "".join(conversation.ask("six seven")) == "I heard 7"
     assert conversation.forgotten_exchanges == 1
     assert conversation.turns[0].content == "four five"
 
