@@ -213,6 +213,16 @@ def test_chat_models_are_used_by_the_other_commands(
     assert plan.count("finished") == 7
 
 
+def test_chat_over_a_pipe(finished: tuple[Path, str, str]) -> None:
+    done = subprocess.run(
+        command("chat", finished[0], "--max-new-tokens", 4, "--seed", 1),
+        input="Say hello 1.\nSay hello 2.\n", capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tokens/s") == 2
+    assert done.stdout.count("\n") >= 2
+
+
 def test_kill_9_in_training_and_resume(workplace: Path, tmp_path: Path) -> None:
     """Killed at several moments of pre-training and fine-tuning, the run ends with the ids of one left alone."""
     overrides = ["pretrain.steps=40", "sft_v1.steps=20", "sft_v1.checkpoint_every_steps=2"]
@@ -362,3 +372,29 @@ def test_import_of_a_model_and_fine_tuning(finished: tuple[Path, str, str], tmp_
     one_message(
         *call("run", recipe, "--out", tmp_path / "other", "import.source=smollm2-135m"), "did you mean 'smollm2"
     )
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun(workplace: Path, finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Rank 0 alone makes what is not training; losses equal those of one process up to the order of sums."""
+    arguments = [
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "groundup.cli",
+        "run",
+        workplace / "tiny.yaml",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("[1/7] curate: finished") == 1
+    theirs, alone = ids(tmp_path / "out"), ids(finished[0])
+    assert [theirs[name] == alone[name] for name in ARTIFACTS[:3]] == [True] * 3
+    losses = [open_artifact(out / "base").metrics["loss"] for out in (tmp_path / "out", finished[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert not (tmp_path / "out" / ".work").exists()

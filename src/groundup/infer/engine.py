@@ -5,9 +5,9 @@ Shape letters: B sequences, T tokens, D width, V vocabulary.
 Active sequences occupy cache slots 0..n-1. A sequence that ends changes places with the last active one, so that steps
 stay dense; what its slot held remains usable as a prefix until a new sequence takes the slot.
 
-What does not depend on batch neighbours: the random numbers of a response, in all forms of weights; a greedy answer in fp32
-(up to rounding of 1e-6 in the logits) and with int8 (each row has its own activation scale). With bf16 the products of one
-row round alike at most batch sizes, but torch does not promise it.
+A response does not depend on its batch neighbours: its random numbers are its own, and each row is computed for itself.
+What other batch sizes can change is rounding: about 1e-6 in fp32 logits, which leaves greedy answers as they are; with
+bf16, int8 and int4, where rounding is coarser, a near-tie between two tokens may in rare cases fall the other way.
 """
 
 import os
@@ -125,10 +125,10 @@ class Engine:
         self.max_slots = max_slots
         self.max_tokens = max_tokens or model.config.max_positions
         self.device = model.embed.weight.device
-        self._source, self._weights = model, weights
+        self._weights = weights
         self._frequencies = rope_frequencies(model.config).to(self.device)
         self._active: list[_Response] = []
-        self.refresh()
+        self.refresh(model)
         self.prefilled_tokens = 0
         """Prompt tokens computed so far; reused ones are not counted."""
         self._waiting: deque[_Response] = deque()
@@ -136,10 +136,13 @@ class Engine:
         self._rows: RowParams | None = None
         self._next_id = 0
 
-    def refresh(self) -> None:
-        """Take over the weights that the model has now; to be called when training has changed them."""
+    def refresh(self, model: Transformer) -> None:
+        """Take over the weights that the model has now; to be called when training has changed them.
+
+        Why: keys and values of old weights are forgotten, and converted weights are converted anew.
+        """
         assert not self._active, "responses are being generated"
-        self.prepared = prepare(self._source, self._weights)
+        self.prepared = prepare(model, self._weights)
         self.model = self.prepared.model
         self._forget()
 
@@ -160,12 +163,12 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         requests = [self._new_request(prompt, p, is_streamed=False) for prompt, p in zip(prompts, each)]
         if not self._active and not self._waiting:
-            # Results then do not depend on earlier calls, and a cache that was grown for longer ones is not dragged along.
+            # The result then does not depend on earlier calls, and a cache that was grown for longer ones is let go.
             self._forget()
         self._waiting.extend(response for request in requests for response in request)
         try:
             while any(response.finish_reason is None for request in requests for response in request):
-                self._held += self.step()
+                self._held = self.step()
         finally:
             for request in requests:
                 for response in request:
@@ -218,7 +221,7 @@ class Engine:
             raise UserError(f"the prompt has a token id outside 0..{vocab_size - 1}", "is this the model's tokenizer?")
         if len(ids) >= self.max_tokens:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, and the context holds {self.max_tokens} with at least one new token",
+                f"the prompt has {len(ids)} tokens, but the context holds {self.max_tokens}, new tokens included",
                 "shorten the prompt",
             )
         limit = min(params.max_new_tokens, self.max_tokens - len(ids))
@@ -337,7 +340,7 @@ class Engine:
         response.finish_reason = "cancelled"
         if response in self._waiting:
             self._waiting.remove(response)
-        else:
+        elif response in self._active:
             self._release(self._active.index(response))
 
     @torch.inference_mode()

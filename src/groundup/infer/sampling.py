@@ -1,7 +1,7 @@
 """From logits to tokens, for rows that each have their own parameters.
 
-Shape letters: B rows, V vocabulary, C candidates. Every random number is a pure function of (seed, sample, position in the
-response), so that the sampled text does not depend on what else is in the batch.
+Shape letters: B rows, V vocabulary, C candidates. Every random number is a pure function of (seed, sample, position in
+the response), so that the sampled text does not depend on what else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from groundup.base.errors import UserError
 from groundup.base.generation import SamplingParams
 
 _BLOCK = 128
-"""Vocabularies are scanned in two levels, blocks of this size and inside one, which is several times faster than one pass."""
+"""Vocabularies are scanned in two levels, over blocks and inside one: several times faster than in one pass."""
 _CANDIDATES = (64, 1024)
 """Sizes to try for the sorted head of a distribution before all of it is sorted."""
 
@@ -113,7 +113,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     B, V = logits.shape
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     padded = F.pad(weights, (0, -V % _BLOCK)) if V % _BLOCK else weights
-    blocks = padded.unflatten(1, (-1, _BLOCK))
+    blocks = padded.view(B, padded.shape[1] // _BLOCK, _BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64)
     block = _invert(sums, uniforms)
     before = sums.cumsum(-1).gather(1, block[:, None])[:, 0] - sums.gather(1, block[:, None])[:, 0]
@@ -161,7 +161,8 @@ def hash_uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> ND
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniforms: NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class StreamDecoder(Protocol):
 class ResponseText:
     """Decodes token by token and ends at the first stop string, no part of which is ever given out.
 
-    Why: a stop string may begin inside one token and end inside another, so text that could be its beginning is held back.
+    Why: a stop string may begin inside one token and end inside another, so text that could be its start is held back.
     """
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...]) -> None:

@@ -3,8 +3,8 @@
 Shape letters: B sequences, T tokens, S cached positions, G key/value heads, K channels per head, L layers.
 
 Choice: one slot per sequence, grown in blocks as slots and positions are needed. Pages would waste less memory when
-lengths differ much, but each step would have to gather them. The engine keeps its active sequences in slots 0..n-1, so
-that a step reads one view; a prefix is reused by copying it to another slot.
+lengths differ much, but each step would have to gather them. The engine keeps its active sequences in slots 0..n-1,
+so that a step reads one view; a prefix is reused by copying it to another slot.
 """
 
 import torch
@@ -34,7 +34,7 @@ class SlotCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def reserve(self, slots: int, positions: int) -> None:
-        """Make room for at least so many and keep what is stored. New memory is zero: masked positions must be finite."""
+        """Make room for at least so many and keep what is stored. New memory is zero: what is masked must be finite."""
         old_slots, old_positions = self.capacity
         assert slots <= self.max_slots
         positions = max(old_positions, _whole_blocks(positions))
@@ -47,7 +47,7 @@ class SlotCache:
                 tensors[layer][:old_slots, :, :old_positions] = old
 
     def begin(self, first_slot: int, starts: list[int], T: int) -> Tensor:
-        """The next forward holds T tokens for each of slots first_slot, first_slot + 1, ..., from positions `starts` on.
+        """The next forward holds T tokens for each of slots first_slot, first_slot + 1, ..., from `starts` on.
 
         Shapes: -> positions (B, T) int64, to be given to the model.
         """

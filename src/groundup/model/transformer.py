@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents, cache: KeyValueCache | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.wqkv(x).view(B, T, -1, self.head_dim).split(self.heads, 2)  # (B, T, H|G|G, K)
+        q, k, v = self.wqkv(x).view(B, T, sum(self.heads), self.head_dim).split(self.heads, 2)  # (B, T, H|G|G, K)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is None:
             out = attend(q, k, v, documents)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
                 q.transpose(1, 2), keys, values, attn_mask=is_visible,
                 is_causal=is_visible is None and T > 1, enable_gqa=q.shape[2] != keys.shape[1],
             ).transpose(1, 2)  # fmt: skip
-        mixed: Tensor = self.wo(out.reshape(B, T, -1))
+        mixed: Tensor = self.wo(out.flatten(2))
         return mixed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _INK = "#010203"
 """Stands for the page's text colour in what matplotlib writes; no figure uses it as a colour of its own."""
@@ -66,6 +66,7 @@ def curves_svg(title: str, unit: str, curves: Sequence[Curve], name: str) -> str
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if unit.endswith("/s"):
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))

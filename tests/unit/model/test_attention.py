@@ -62,7 +62,9 @@ def test_flex_blocks_see_what_the_mask_sees() -> None:
     torch.testing.assert_close(out, sdpa_attend(q, k, v, document_ids), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_of_block_causal_are_those_of_sdpa() -> None:
+@pytest.mark.parametrize("kept_tokens", [T, 0])
+def test_gradients_of_block_causal_are_those_of_sdpa(kept_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groundup.model.attention.MAX_KEPT_TOKENS", kept_tokens)
     q, k, v, document_ids = make(4, 2)
     gradients = []
     for form in (sdpa_attend, lambda *inputs: block_causal_attend(*inputs, 8)):

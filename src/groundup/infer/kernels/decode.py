@@ -1,7 +1,7 @@
 """One decoding step: the seam for a compiled one.
 
-`decode_step` is what the engine calls for every step after the prompts; a faster implementation takes its place here and
-is tested against this one. It runs the modules of the model, so that it computes what training computed.
+The engine calls `decode_step` for every step after the prompts; a faster implementation takes its place here and is
+tested against this one. It runs the modules of the model, so that it computes what training computed.
 """
 
 import torch
