@@ -4,6 +4,7 @@ Precedence: command-line override > recipe > class default. An unknown key is an
 """
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -25,7 +26,17 @@ C = TypeVar("C", bound=Config)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without the silent "last duplicate key wins"."""
+    """YAML without the silent "last duplicate key wins", and with the booleans of YAML 1.2: `off` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -72,7 +83,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
                 raise UserError(f"override {item!r}: {key!r} is the value {child!r}, not a section")
             node = child
         try:
-            node[leaf] = yaml.safe_load(text)
+            node[leaf] = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader subclass
         except yaml.YAMLError as error:
             raise UserError(f"override {item!r}: the value is not valid YAML: {error}") from None
     return tree

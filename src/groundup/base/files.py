@@ -55,8 +55,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; ours follow the user's umask like any other output.
-        os.chmod(temporary, 0o666 & ~_umask())
+        follow_umask(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -109,7 +108,8 @@ def recover_folder(final: Path) -> None:
         os.replace(old, final)
 
 
-def _umask() -> int:
+def follow_umask(path: Path) -> None:
+    """Give a file made private by its writer (mkstemp, safetensors) the permissions of any other output."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)

@@ -5,15 +5,19 @@ from typing import Any
 
 from groundup.data.curate import CurateConfig as CurateConfig
 from groundup.data.curate import curate
+from groundup.data.sources import find_source
 from groundup.stages.job import Job
 
 VERSION = 1
 
 
 def raw_inputs(config: CurateConfig) -> list[Path]:
-    """Files and folders that the config names; named sources are pinned by the package's own version."""
-    paths = (Path(entry.source).expanduser() for entry in config.sources)
-    return [path for path in paths if path.exists()]
+    """Files and folders that the config names; named sources and hubs are not among them."""
+    return [
+        Path(source).expanduser()
+        for source in (entry.source for entry in config.sources)
+        if "://" not in source and find_source(source) is None
+    ]
 
 
 def run(config: CurateConfig, job: Job) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from groundup.base.errors import CorruptFile, UserError
 from groundup.base.files import recover_folder, sha256_json
 from groundup.base.progress import say
 from groundup.base.seeds import derive_seed
+from groundup.data.sources import nearest_source
 from groundup.stages.job import Job
 from groundup.stages.resources import Cost, Rank, describe_raw_input, lock_folder
 
@@ -165,7 +166,10 @@ def raw_inputs(module: ModuleType, config: Config) -> list[Path]:
     paths: list[Path] = module.raw_inputs(config) if hasattr(module, "raw_inputs") else []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder (named by the recipe)", "correct the path in the recipe")
+            raise UserError(
+                f"{path}: no such file, folder or named source{nearest_source(str(path))}, but the recipe names it",
+                "correct it in the recipe; `groundup data list` shows the named sources",
+            )
     return paths
 
 

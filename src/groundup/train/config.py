@@ -11,7 +11,7 @@ from groundup.base.config import Config
 class TrainConfig(Config):
     """Length, optimizer, precision and safety of a training run. Source: section 2.2 (pre-training), 3.1 (SFT)."""
 
-    steps: int | None = Field(default=None, gt=0, description="optimizer steps; instead of epochs")
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps; where given, epochs do not count")
     epochs: float | None = Field(default=None, gt=0, description="passes over the data; instead of steps")
     batch_rows: int = Field(
         default=64, gt=0, description="rows of one optimizer step, over all ranks and micro batches"
@@ -75,12 +75,10 @@ class TrainConfig(Config):
     def _one_length(self) -> "TrainConfig":
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
-        if {"steps", "epochs"} <= self.model_fields_set and None not in (self.steps, self.epochs):
-            raise ValueError("give steps or epochs, not both")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run; `steps`, where given, goes before a stage's default `epochs`."""
+        """Optimizer steps of the whole run. `steps` goes before `epochs`, so that one override is enough."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

@@ -69,3 +69,12 @@ def test_bad_yaml(tmp_path: Path, text: str) -> None:
 def test_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.yaml"):
         load_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", "off"), ("on", "on"), ("no", "no"), ("true", True), ("False", False), ("1", 1)]
+)
+def test_booleans_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"a: {text}")
+    assert load_yaml(path) == {"a": value} == apply_overrides({}, [f"a={text}"])

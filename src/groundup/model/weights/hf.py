@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from groundup.base.errors import CorruptFile, UserError
-from groundup.base.files import fsync_path, read_json, write_json
+from groundup.base.files import follow_umask, fsync_path, read_json, write_json
 from groundup.model.config import ModelConfig
 from groundup.model.weights import layout
 from groundup.model.weights.fields import Fields
@@ -174,4 +174,5 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise layout.cannot_write(path, error) from None
+    follow_umask(path)
     fsync_path(path)
