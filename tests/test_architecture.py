@@ -58,7 +58,13 @@ def test_sizes(path: Path) -> None:
 STAGES = [path for path in FILES if path.parts[-2] == "stages"]
 # Not stages: what strings stages together, and what they share.
 GLUE = {"recipe", "pipeline", "plan", "show"}
-SHARED = {"groundup.stages.job", "groundup.stages.trained_model", "groundup.stages.models", "groundup.stages.resources", "groundup.stages.generate"}
+SHARED = {
+    "groundup.stages.job",
+    "groundup.stages.trained_model",
+    "groundup.stages.models",
+    "groundup.stages.resources",
+    "groundup.stages.generate",
+}
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)

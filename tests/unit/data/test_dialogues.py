@@ -149,7 +149,12 @@ def test_a_forced_format_is_obeyed_and_checked(tmp_path):
     [
         ("empty.jsonl", b"", UserError, "the file is empty"),
         ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', UserError, "latin.jsonl:1: not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 100)[:-12], CorruptFile, "cut.jsonl.gz"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 100, mtime=0)[:-12],
+            CorruptFile,
+            "cut.jsonl.gz",
+        ),
         ("bad.json", b'[{"prompt": 1},', CorruptFile, "bad.json: not valid JSON"),
         ("bad.parquet", b"PAR1....PAR1", CorruptFile, "bad.parquet: not a readable parquet"),
         ("notes.docx", b"x", UserError, "notes.docx: unknown kind of file"),
