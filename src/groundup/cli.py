@@ -290,7 +290,7 @@ def lineage(
 
     from groundup.stages.lineage import find_artifact, lineage_tree
 
-    Console().print(lineage_tree(find_artifact(path)))
+    Console().print(lineage_tree(find_artifact(path)), soft_wrap=True)
 
 
 @data_app.command("list", epilog="Example: groundup data list --kind text")

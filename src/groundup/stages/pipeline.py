@@ -161,9 +161,15 @@ class Pipeline:
         )
 
 
+def named_inputs(module: ModuleType, config: Config) -> list[Path]:
+    """Files and folders outside the run that a stage reads, whether they are there or not."""
+    paths: list[Path] = module.raw_inputs(config) if hasattr(module, "raw_inputs") else []
+    return paths
+
+
 def raw_inputs(module: ModuleType, config: Config) -> list[Path]:
     """Files and folders outside the run that a stage reads; a missing one is a `UserError` before anything runs."""
-    paths: list[Path] = module.raw_inputs(config) if hasattr(module, "raw_inputs") else []
+    paths = named_inputs(module, config)
     for path in paths:
         if not path.exists():
             raise UserError(

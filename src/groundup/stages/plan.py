@@ -25,7 +25,7 @@ from groundup.model.config import ModelConfig, flops_per_token, num_parameters
 from groundup.model.weights.hf_config import read_hf_config
 from groundup.stages.calibrate import ASSUMED_UTILISATION, Machine, free_disk_bytes
 from groundup.stages.import_model import ImportConfig
-from groundup.stages.pipeline import Pipeline, Stage, work_folder
+from groundup.stages.pipeline import Pipeline, Stage, named_inputs, work_folder
 from groundup.stages.plan_table import StagePlan, notes, plan_table, short_number
 from groundup.stages.pretrain import PretrainConfig
 from groundup.stages.report import ReportConfig
@@ -97,12 +97,15 @@ class Planner:
     def _row(self, stage: Stage) -> StagePlan:
         made_from = set(self.pipeline.input_names(stage).values()) if not stage.takes_all else set()
         is_stale = bool(made_from & self._unfinished) or (stage.takes_all and bool(self._unfinished))
+        missing = [path for path in named_inputs(stage.load(), self.pipeline.config(stage)) if not path.exists()]
+        is_stale |= bool(missing)
         artifact = None if is_stale else self.pipeline.finished(stage)
         row = StagePlan(stage.key, stage.artifact, "finished" if artifact else "to run")
         if artifact is None:
             if not is_stale and self._was_begun(stage):
                 row.state = "to go on"
             self._unfinished.add(stage.artifact)
+        row.notes += [f"{path} is not there yet" for path in missing]
         self._estimates[stage.key](row, self.pipeline.config(stage), artifact)
         if artifact is not None:
             row.seconds = 0.0
