@@ -65,7 +65,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        steps = rows.abs().amax(-1, keepdim=True).float().mul_(1 / 127).clamp_(min=1e-12)  # (rows, 1)
+        steps = rows.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_(min=1e-12)  # (rows, 1)
         codes = rows.div(steps).add_(128.5).to(torch.uint8)  # truncation after + 0.5 rounds
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""

@@ -55,7 +55,10 @@ class SlotCache:
         self.reserve(first_slot + len(starts), max(starts) + T)
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
         self.slots = slice(first_slot, first_slot + len(starts))
-        self._slot_index = torch.arange(first_slot, self.slots.stop, device=device)[:, None]  # (B, 1)
+        slot = torch.arange(first_slot, self.slots.stop, device=device)[:, None, None]
+        head = torch.arange(self.keys[0].shape[1], device=device)
+        rows = (slot * len(head) + head) * self.capacity[1] + self.positions[:, :, None]  # (B, T, G)
+        self._rows = rows.flatten()
         self._is_fresh = max(starts) == 0
         # A view of all positions is dense, and the products of a step copy what is not: cut only where that pays.
         used, positions = _whole_blocks(max(starts) + T), self.capacity[1]
@@ -66,8 +69,9 @@ class SlotCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, T, G, K); returns the keys and values of these slots, (B, G, S, K) in the cache's dtype."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.transpose(1, 2)[self._slot_index, self.positions] = k.to(keys.dtype)
-        values.transpose(1, 2)[self._slot_index, self.positions] = v.to(values.dtype)
+        for all_rows, new in ((keys, k), (values, v)):
+            K = new.shape[-1]
+            all_rows.view(-1, K).index_copy_(0, self._rows, new.reshape(-1, K).to(all_rows.dtype))
         return keys[self.slots, :, : self.used_positions], values[self.slots, :, : self.used_positions]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
