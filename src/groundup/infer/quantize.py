@@ -62,15 +62,16 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, [PACKED_ROWS, weight.shape[1]])
         self.scales = scales
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.middle = torch.tensor(128.5)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        steps = rows.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_(min=1e-12)  # (rows, 1)
-        codes = rows.div(steps).add_(128.5).to(torch.uint8)  # truncation after + 0.5 rounds
+        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12)  # (rows, 1)
+        codes = torch.add(self.middle, rows / largest, alpha=127).to(torch.uint8)  # truncation after + 0.5 rounds
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1 / 127, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return out.mul_(steps).view(*x.shape[:-1], -1)
+        return out.mul_(largest).view(*x.shape[:-1], -1)
 
 
 class Int4Linear(nn.Module):

@@ -43,8 +43,11 @@ class SlotCache:
             return
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros(slots, old.shape[1], positions, old.shape[3])
-                tensors[layer][:old_slots, :, :old_positions] = old
+                new = old.new_empty(slots, old.shape[1], positions, old.shape[3])
+                new[:old_slots, :, :old_positions] = old
+                new[:old_slots, :, old_positions:] = 0
+                new[old_slots:] = 0
+                tensors[layer] = new
 
     def begin(self, first_slot: int, starts: list[int], T: int) -> Tensor:
         """The next forward holds T tokens for each of slots first_slot, first_slot + 1, ..., from `starts` on.
