@@ -290,7 +290,10 @@ def lineage(
 
     from groundup.stages.lineage import find_artifact, lineage_tree
 
-    Console().print(lineage_tree(find_artifact(path)), soft_wrap=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)  # a path cut at column 80 is of no use to the program that reads it
+    console.print(lineage_tree(find_artifact(path)))
 
 
 @data_app.command("list", epilog="Example: groundup data list --kind text")
