@@ -62,11 +62,13 @@ class SlotCache:
         head = torch.arange(self.keys[0].shape[1], device=device)
         rows = (slot * len(head) + head) * self.capacity[1] + self.positions[:, :, None]  # (B, T, G)
         self._rows = rows.flatten()
-        self._is_fresh = max(starts) == 0
         # A view of all positions is dense, and the products of a step copy what is not: cut only where that pays.
         used, positions = _whole_blocks(max(starts) + T), self.capacity[1]
         self.used_positions = used if 2 * used < positions else positions
-        self.is_visible = (torch.arange(self.used_positions, device=device) <= self.positions[:, :, None])[:, None]
+        self.is_visible: Tensor | None = None
+        if max(starts) > 0:
+            keys_at = torch.arange(self.used_positions, device=device)
+            self.is_visible = (keys_at <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
         return self.positions
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,7 @@ class SlotCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `Transformer.forward` calls: see `groundup.model.transformer.KeyValueCache`."""
         keys, values = self.store(layer, k, v)
-        if self._is_fresh:
+        if self.is_visible is None:
             return k.transpose(1, 2), v.transpose(1, 2), None
         return keys.to(k.dtype), values.to(v.dtype), self.is_visible
 

@@ -23,6 +23,7 @@ def decode_step(model: Transformer, cache: SlotCache, tokens: Tensor, frequencie
     x = model.embed(tokens)  # (B, D)
     angles = cache.positions[:, :, None, None].float() * frequencies  # (B, 1, 1, K/2)
     rotation = angles.cos(), angles.sin()
+    assert cache.is_visible is not None, "there are no earlier tokens"
     bias = torch.zeros(cache.is_visible.shape, device=x.device).masked_fill_(~cache.is_visible, float("-inf"))
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
