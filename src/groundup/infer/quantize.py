@@ -14,12 +14,22 @@ from torch import Tensor, nn
 
 from groundup.base.errors import UserError
 from groundup.model.transformer import Block, RMSNorm, Transformer
+from groundup.train.loop import choose_precision
 
 Weights = Literal["as is", "fp32", "bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("as is", "fp32", "bf16", "int8", "int4")
+SamplingWeights = Literal["auto", "as is", "fp32", "bf16", "int8", "int4"]
 INT4_GROUP = 32
 PACKED_ROWS = 32
 """The number of rows that packed layouts are chosen for; other numbers work too."""
+
+
+
+def sampling_weights(wanted: SamplingWeights, device: torch.device) -> Weights:
+    """`auto`: bf16 where the device multiplies bf16 matrices in hardware, else as they are."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if choose_precision("auto", device) == "bf16" else "as is"
 
 
 @dataclass(frozen=True)

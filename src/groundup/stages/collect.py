@@ -47,6 +47,7 @@ from groundup.data.comparisons import (
 from groundup.data.sources import find_source
 from groundup.data.splits import split_held_out
 from groundup.infer.engine import Engine
+from groundup.infer.quantize import SamplingWeights, sampling_weights
 from groundup.model.checkpoint import load_checkpoint
 from groundup.model.weights.hf import CONFIG
 from groundup.model.weights.hf_config import read_hf_config
@@ -54,7 +55,7 @@ from groundup.stages.job import Job
 from groundup.text.chat import ChatFormat, load_chat_format
 from groundup.text.tokenizer import load_tokenizer
 
-VERSION = 1
+VERSION = 2
 REPORT_FILE = "report.json"
 ANNOTATION = "annotation"
 D = TypeVar("D", Prompt, Comparison)
@@ -83,8 +84,10 @@ class CollectConfig(Config):
     max_new_tokens: int = Field(
         default=256, gt=0, description="longest response; prompts that leave less room in the context are dropped"
     )
-    weights: Literal["as is", "bf16", "int8"] = Field(default="as is", description="form of the models for sampling")
-    max_slots: int = Field(default=32, gt=0, description="responses generated at a time")
+    weights: SamplingWeights = Field(
+        default="auto", description="form of the models for sampling; auto: bf16 where the machine computes in it"
+    )
+    max_slots: int = Field(default=128, gt=0, description="responses generated at a time")
     chunk_responses: int = Field(default=256, gt=0, description="responses between two savings to the disk")
     held_out_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of the prompts kept for testing")
     prompts_seed: int = Field(
@@ -274,4 +277,5 @@ def _open_engine(config: CollectConfig, path: Path) -> Engine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(path)
     model = checkpoint.model.to(device).eval()
-    return Engine(model, checkpoint.tokenizer, max_slots=config.max_slots, weights=config.weights)
+    weights = sampling_weights(config.weights, device)
+    return Engine(model, checkpoint.tokenizer, max_slots=config.max_slots, weights=weights)

@@ -23,11 +23,12 @@ from groundup.base.seeds import derive_seed
 from groundup.data.batches import permute
 from groundup.data.prompts import TRAIN_FILE
 from groundup.infer.engine import Engine
-from groundup.infer.quantize import Weights
+from groundup.infer.quantize import SamplingWeights, sampling_weights
 from groundup.model.checkpoint import Checkpoint, load_checkpoint
 from groundup.stages.job import Job
+from groundup.train.loop import choose_precision
 
-VERSION = 1
+VERSION = 2
 SAMPLES_FILE, SWEEP_FILE = "samples.jsonl", "sweep.json"
 
 
@@ -48,8 +49,10 @@ class RejectionConfig(CandidateConfig):
         description="tried on some of the prompts; the one with the highest expected reward is used. One: no trial",
     )
     sweep_prompts: int = Field(default=32, gt=0, description="prompts on which the temperatures are tried")
-    weights: Weights = Field(default="as is", description="form of the weights to generate with")
-    max_slots: int = Field(default=32, gt=0, description="responses generated at once")
+    weights: SamplingWeights = Field(
+        default="auto", description="form of the weights to generate with; auto: bf16 where the machine computes in it"
+    )
+    max_slots: int = Field(default=128, gt=0, description="responses generated at once")
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,12 @@ def _open(config: RejectionConfig, job: Job) -> _Sampling:
         None if safety is None else safety.path,
         checkpoint.tokenizer,
         checkpoint.chat,
+        dtype=torch.bfloat16 if choose_precision("auto", device) == "bf16" else None,
         device=device,
     )
     model = checkpoint.model.to(device).eval()
-    engine = Engine(model, checkpoint.tokenizer, max_slots=config.max_slots, weights=config.weights)
+    weights = sampling_weights(config.weights, device)
+    engine = Engine(model, checkpoint.tokenizer, max_slots=config.max_slots, weights=weights)
     return _Sampling(config, job, checkpoint, engine, scorer)
 
 
