@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from align_peers import ALL, MEASURES, NEVER_FASTEST, OURS, POLICY, REWARD, WORK, Seconds, Turn, Work
-from decode import SHAPES, random_model
+from random_models import SHAPES, random_model
 from workers import Worker, serve
 
 

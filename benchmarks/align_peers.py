@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode import SHAPES, random_model
+from random_models import SHAPES, random_model
 
 POLICY, REWARD, WORK = "policy", "reward", "work.json"
 ALL = "all"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from groundup.base.errors import UserError
-from groundup.base.generation import Completion, FinishReason, SamplingParams
+from groundup.base.generation import Completion, Delta, FinishReason, SamplingParams
 from groundup.base.seeds import derive_seed
 from groundup.infer.kernels.decode import decode_step
 from groundup.infer.quantize import Weights, prepare
@@ -40,18 +40,6 @@ class Decodes(Protocol):
     """The part of a `Tokenizer` that the engine needs."""
 
     def stream_decoder(self) -> StreamDecoder: ...
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to one response; `finish_reason` is None until the last."""
-
-    request_id: int
-    sample: int
-    text: str
-    token_ids: list[int]
-    logps: list[float]
-    finish_reason: FinishReason | None
 
 
 @dataclass(eq=False)

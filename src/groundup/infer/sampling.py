@@ -4,6 +4,7 @@ Shape letters: B rows, V vocabulary, C candidates. Every random number is a pure
 the response), so that the sampled text does not depend on what else is in the batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groundup.base.errors import UserError
-from groundup.base.generation import SamplingParams
+from groundup.base.generation import SamplingParams, TopLogps
 
 _BLOCK = 128
 """Vocabularies are scanned in two levels, over blocks and inside one: several times faster than in one pass."""
@@ -22,7 +23,7 @@ _CANDIDATES = (64, 1024)
 """Sizes to try for the sorted head of a distribution before all of it is sorted."""
 
 
-def check_params(params: SamplingParams) -> None:
+def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises: UserError naming the field and its value."""
     wrong = {
         "max_new_tokens must be at least 1": params.max_new_tokens < 1,
@@ -31,10 +32,17 @@ def check_params(params: SamplingParams) -> None:
         "top_k must be 0 or more": params.top_k < 0,
         "num_samples must be at least 1": params.num_samples < 1,
         "stop must not hold an empty string": "" in params.stop,
+        "top_logps must be 0 or more": params.top_logps < 0,
+        "logit_bias must hold finite numbers": not all(math.isfinite(bias) for _, bias in params.logit_bias),
+        "frequency_penalty must be a finite number": not math.isfinite(params.frequency_penalty),
+        "presence_penalty must be a finite number": not math.isfinite(params.presence_penalty),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(f"sampling: {message}, and it is {getattr(params, message.split()[0])!r}")
+    for token, _ in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"sampling: logit_bias names token {token}, and the vocabulary is 0..{vocab_size - 1}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class RowParams:
     all_greedy: bool
     any_truncated: bool
     any_logps: bool
+    most_tops: int
+    """The largest `top_logps`."""
 
 
 def stack_params(params: Sequence[SamplingParams], keys: Sequence[int], device: torch.device) -> RowParams:
@@ -66,6 +76,7 @@ def stack_params(params: Sequence[SamplingParams], keys: Sequence[int], device: 
         all_greedy=all(is_greedy),
         any_truncated=any(is_truncated),
         any_logps=any(p.want_logps for p in params),
+        most_tops=max(p.top_logps for p in params),
     )
 
 
@@ -90,6 +101,23 @@ def sample(logits: Tensor, rows: RowParams, positions: Sequence[int]) -> tuple[T
         tokens = draw(scaled, uniforms)
     tokens = torch.where(rows.is_greedy, argmax(logits), tokens)
     return tokens, token_logps(scaled, tokens) if rows.any_logps else None
+
+
+def top_logps(logits: Tensor, rows: RowParams, params: Sequence[SamplingParams]) -> list[TopLogps | None]:
+    """The most likely tokens of each row that asks for them, under the distribution of `sample`'s log-probabilities;
+    tokens that cannot come are left out.
+
+    Shapes: logits (B, V) float32.
+    """
+    scaled = logits if rows.all_greedy else logits / rows.temperatures[:, None]
+    values, indices = scaled.topk(min(rows.most_tops, logits.shape[1]), -1)
+    logps, ids = (values - scaled.logsumexp(-1, keepdim=True)).tolist(), indices.tolist()
+    return [
+        [(token, logp) for token, logp in zip(ids[row][: p.top_logps], logps[row]) if logp > float("-inf")]
+        if p.top_logps
+        else None
+        for row, p in enumerate(params)
+    ]
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ lengths differ much, but each step would have to gather them. The engine keeps i
 so that a step reads one view; a prefix is reused by copying it to another slot.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,8 @@ class SlotCache:
         self.reserve(first_slot + len(starts), max(starts) + T)
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
         self.slots = slice(first_slot, first_slot + len(starts))
-        slot = torch.arange(first_slot, self.slots.stop, device=device)[:, None, None]
-        head = torch.arange(self.keys[0].shape[1], device=device)
-        rows = (slot * len(head) + head) * self.capacity[1] + self.positions[:, :, None]  # (B, T, G)
-        self._rows = rows.flatten()
+        slots = torch.arange(first_slot, self.slots.stop, device=device)
+        self._rows = self._row_of(slots[:, None], self.positions)
         # A view of all positions is dense, and the products of a step copy what is not: cut only where that pays.
         used, positions = _whole_blocks(max(starts) + T), self.capacity[1]
         self.used_positions = used if 2 * used < positions else positions
@@ -71,12 +71,35 @@ class SlotCache:
             self.is_visible = (keys_at <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
         return self.positions
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, G, K); returns the keys and values of these slots, (B, G, S, K) in the cache's dtype."""
-        keys, values = self.keys[layer], self.values[layer]
-        for all_rows, new in ((keys, k), (values, v)):
+    def begin_packed(self, segments: Sequence[tuple[int, int, int]]) -> Tensor:
+        """The next forward holds, one after the other, the tokens of these (slot, start, length).
+
+        Shapes: -> positions (N,) int64.
+        """
+        device = self.keys[0].device
+        self.reserve(max(slot for slot, _, _ in segments) + 1, max(start + length for _, start, length in segments))
+        positions = torch.cat([torch.arange(start, start + length, device=device) for _, start, length in segments])
+        lengths = torch.tensor([length for _, _, length in segments], device=device)
+        slots = torch.tensor([slot for slot, _, _ in segments], device=device).repeat_interleave(lengths)
+        self._rows = self._row_of(slots, positions)
+        return positions
+
+    def _row_of(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where the vectors of all heads stand in (slots * G * positions, K). Shapes: two alike (...) -> (... * G,)."""
+        heads = torch.arange(self.keys[0].shape[1], device=slots.device)
+        rows: Tensor = (slots[..., None] * len(heads) + heads) * self.capacity[1] + positions[..., None]
+        return rows.flatten()
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v (..., G, K) of the tokens that `begin` or `begin_packed` named."""
+        for all_rows, new in ((self.keys[layer], k), (self.values[layer], v)):
             K = new.shape[-1]
             all_rows.view(-1, K).index_copy_(0, self._rows, new.reshape(-1, K).to(all_rows.dtype))
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, T, G, K); returns the keys and values of these slots, (B, G, S, K) in the cache's dtype."""
+        self.write(layer, k, v)
+        keys, values = self.keys[layer], self.values[layer]
         return keys[self.slots, :, : self.used_positions], values[self.slots, :, : self.used_positions]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,10 +115,12 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def swap(self, first: int, second: int) -> None:
-        """Exchange two slots."""
+    def swap(self, first: int, second: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots."""
         for store in (*self.keys, *self.values):
-            store[[first, second]] = store[[second, first]]
+            kept = store[first, :, :length].clone()
+            store[first, :, :length] = store[second, :, :length]
+            store[second, :, :length] = kept
 
 
 def cache_bytes(config: ModelConfig, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> int:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from groundup.base.errors import UserError
-from groundup.base.generation import SamplingParams
-from groundup.infer.engine import MIN_PREFIX_TOKENS, Delta, Engine
+from groundup.base.generation import Delta, SamplingParams
+from groundup.infer.engine import MIN_PREFIX_TOKENS, Engine
 from groundup.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)

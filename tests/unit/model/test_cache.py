@@ -67,7 +67,7 @@ def test_a_copied_prefix_and_exchanged_slots_continue_alike() -> None:
     cache = new_cache(model)
     run(model, cache, 0, [0], tokens[:1])
     cache.copy(0, 3, 20)
-    cache.swap(3, 1)
+    cache.swap(3, 1, 20)
     out = run(model, cache, 1, [20], tokens[1:, 20:])
     torch.testing.assert_close(out[0], expected[1, 20:], atol=2e-6, rtol=0)
 
