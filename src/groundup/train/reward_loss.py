@@ -14,8 +14,7 @@ from groundup.train.rl import margin_ranking_loss, safety_loss
 def pair_scores(model: Transformer, batch: ComparisonBatch) -> Tensor:
     """Scores of the chosen and the rejected response of each pair. Shapes: (P, 2) float32."""
     assert isinstance(model, ScalarModel), "a reward model has a score head"
-    hidden = model(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1)  # (B*T, D)
-    ends = hidden.index_select(0, batch.pairs.flatten())
+    ends = model(batch.tokens, batch.positions, batch.document_ids, rows=batch.pairs.flatten())  # (2P, D)
     return model.scores(ends).view(-1, 2)
 
 

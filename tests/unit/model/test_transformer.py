@@ -82,6 +82,30 @@ def test_training_and_inference_compute_the_same() -> None:
     assert not [module for module in model.modules() if "dropout" in type(module).__name__.lower()]
 
 
+@pytest.mark.parametrize("way", ["eager", "checkpointed", "no gradients"])
+def test_hidden_states_at_some_places_are_those_of_the_whole_forward(way: str) -> None:
+    tokens = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] * 7 + [1] * 2])
+    rows = torch.tensor([3, 8, 17, 24, 26])
+    model, other = make(), make()
+    for block in (*model.blocks, *other.blocks):
+        block.is_checkpointed = way == "checkpointed"
+    with torch.set_grad_enabled(way != "no gradients"):
+        some = model(tokens, document_ids=documents, rows=rows)
+        whole = other(tokens, document_ids=documents).flatten(0, 1)[rows]
+    assert some.shape == (5, 16)
+    torch.testing.assert_close(some, whole, rtol=1e-6, atol=1e-6)
+    if way == "no gradients":
+        return
+    some.square().sum().backward()
+    whole.square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name != "head.weight":  # not part of the hidden states
+            assert a.grad is not None
+            assert b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_norm_by_hand() -> None:
     norm = RMSNorm(2, eps=0.0)
     with torch.no_grad():
