@@ -45,6 +45,7 @@ bench: $(VENV)/.dev $(PEERS)/.done  ## speed, side by side with peers; run it on
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/decode.py --peer-python $(PEERS)/bin/python
+	$(BIN)/python benchmarks/serve.py --peer-python $(PEERS)/bin/python
 
 check: $(VENV)/.dev  ## lint and types only, seconds
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from groundup.base.errors import UserError
 
 RECIPE = ["RECIPE", "[key=value]..."]
 SAMPLING = ["--max-new-tokens", "--seed", "--system", "--temperature", "--top-k", "--top-p", "--weights"]
+SERVER = ["--host", "--max-tokens", "--port", "--queue", "--slots", "--weights"]
+DATABASE = ["--data", "--database"]
 COMMANDS: dict[str, list[str]] = {
     "run": [*RECIPE, "--out", "--until"],
     "plan": [*RECIPE, "--json", "--out"],
@@ -37,6 +39,10 @@ COMMANDS: dict[str, list[str]] = {
     "report": [*RECIPE, "--out"],
     "chat": ["MODEL", *SAMPLING],
     "generate": ["MODEL", "--num-samples", "--prompt", "--raw", "--stop", *SAMPLING],
+    "serve": ["[MODEL]...", *SERVER, "--allow-host", "--api-key-file", "--engine", "--name"],
+    "annotate": [*DATABASE, "--allow-host", "--handover", "--host", "--https", "--overlap", "--port"],
+    "annotate export": [*DATABASE, "--held-out", "--out", "--project"],
+    "annotate import": ["SRC", *DATABASE, "--new-batch", "--project"],
     "convert": ["SRC", "DST", "--dtype", "--quantisation", "--shards", "--to", "--tokenizer"],
     "show-batch": ["RECIPE", "STAGE", "[key=value]...", "--out", "--rows", "--step"],
     "lineage": ["RUN[/ARTIFACT]"],
@@ -49,7 +55,9 @@ def all_commands() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
-        found |= {name: command} if inner is None else {f"{name} {word}": each for word, each in inner.items()}
+        if inner is None or command.invoke_without_command:
+            found[name] = command
+        found |= {f"{name} {word}": each for word, each in (inner or {}).items()}
     return found
 
 

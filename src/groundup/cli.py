@@ -4,6 +4,8 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 import errno
+import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +83,19 @@ data_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Known sources of text, dialogues, preferences and models."
 )
 app.add_typer(data_app, name="data")
+annotate_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(annotate_app, name="annotate")
+
+
+def _need_extra(extra: str, *modules: str) -> None:
+    """Optional parts of the package say how to get them."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"`groundup {extra}` needs packages that are not installed ({', '.join(missing)})",
+            f"pip install 'groundup[{extra}]'",
+        )
+
 
 RecipeArg = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)
@@ -241,6 +256,165 @@ def generate(
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, num_samples, seed, tuple(stop or ()))
     for text in run_generate(resolve_model(model), prompt, params, system=system, raw=raw, weights=weights):
         typer.echo(text)
+
+
+@app.command(epilog="Example: groundup serve runs/quickstart --port 8000")
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Models as for chat, called by their folders.", show_default=False),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", metavar="NAME=MODEL", help="A model by a name; may be repeated.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys that requests must carry, one a line (or one key in GROUNDUP_API_KEY).",
+            show_default=False,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", metavar="NAME", help="A further name of this server; may be repeated.", show_default=False
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="groundup, llama.cpp or vllm.")] = "groundup",
+    weights: WeightsOption = "as is",
+    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Most responses written at a time.")] = 32,
+    queue: Annotated[int, typer.Option("--queue", min=0, max=100_000, help="Most responses that may wait.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=2, help="Context, answer included (default: the model's).", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Serve models: an OpenAI-compatible API and a chat page."""
+    _need_extra("serve", "fastapi", "uvicorn", "llguidance", "prometheus_client", "markdown_it", "nh3")
+    from groundup.serve.config import ServeConfig
+    from groundup.serve.run import EngineOptions, read_keys
+    from groundup.serve.run import serve as run_server
+
+    config = ServeConfig(host=host, api_keys=read_keys(api_key_file, os.environ), allow_hosts=tuple(allow_host or ()))
+    options = EngineOptions(engine=engine, weights=weights, slots=slots, queue=queue, max_tokens=max_tokens)
+    run_server(models or [], name or [], config, options, port=port)
+
+
+Data = Annotated[
+    Path, typer.Option("--data", metavar="DIR", help="Where the application keeps what people say (SQLite).")
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="Instead of --data: postgresql://USER:PASSWORD@HOST/NAME, for a team (or GROUNDUP_DATABASE).",
+        show_default=False,
+    ),
+]
+ANNOTATIONS = Path("annotations")
+
+
+def _annotation_database(data: Path, url: str | None) -> str:
+    _need_extra(
+        "annotate", "fastapi", "uvicorn", "sqlalchemy", "alembic", "argon2", "multipart", "httpx", "markdown_it", "nh3"
+    )
+    return url or os.environ.get("GROUNDUP_DATABASE") or str(data / "annotations.sqlite")
+
+
+@annotate_app.callback(invoke_without_command=True, epilog="Example: groundup annotate --data annotations --port 8080")
+def annotate(
+    context: typer.Context,
+    data: Data = ANNOTATIONS,
+    database: DatabaseUrl = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", metavar="NAME", help="A further name of this server; may be repeated.", show_default=False
+        ),
+    ] = None,
+    https: Annotated[bool, typer.Option("--https", help="Browsers come by HTTPS, through a proxy in front.")] = False,
+    handover: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--handover",
+            metavar="DIR",
+            help="A run (or its annotation folder) that waits for ratings; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Annotated[
+        int, typer.Option("--overlap", min=1, max=100, help="With --handover: people that rate each comparison.")
+    ] = 1,
+) -> None:
+    """People compare, write and grade responses in the browser."""
+    if context.invoked_subcommand is not None:
+        sources = [context.get_parameter_source(name) for name in context.params]
+        if any(source is not None and source.name == "COMMANDLINE" for source in sources):
+            raise UserError("options of `groundup annotate` stand before its subcommand", "write them after it")
+        return
+    path = _annotation_database(data, database)
+    from groundup.feedback.app import run_app
+    from groundup.feedback.settings import AnnotateConfig
+
+    if "://" not in path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    settings = AnnotateConfig(
+        database=path, host=host, port=port, hosts=allow_host or [], secure_cookies=https, handover_overlap=overlap
+    )
+    run_app(settings, handover or [])
+
+
+@annotate_app.command("export", epilog="Example: groundup annotate export --project helpful --out comparisons")
+def annotate_export(
+    project: Annotated[str, typer.Option("--project", help="Name of the project.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.", show_default=False)],
+    held_out: Annotated[float, typer.Option("--held-out", min=0, max=0.9, help="Share kept for testing.")] = 0.1,
+    data: Data = ANNOTATIONS,
+    database: DatabaseUrl = None,
+) -> None:
+    """What people said, as an artifact that training reads."""
+    path = _annotation_database(data, database)
+    from groundup.feedback.commands import export
+    from groundup.feedback.settings import AnnotateConfig
+
+    artifact = export(AnnotateConfig(database=path), project, out, held_out)
+    for key, value in artifact.metrics.items():
+        typer.echo(f"{key}: {value}")
+    typer.echo(artifact.path)
+
+
+@annotate_app.command("import", epilog="Example: groundup annotate import prompts.jsonl --project helpful")
+def annotate_import(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Prompts, items, or an export's folder.", show_default=False)
+    ],
+    project: Annotated[
+        str | None,
+        typer.Option("--project", help="Where to; of an export: instead of its own name.", show_default=False),
+    ] = None,
+    new_batch: Annotated[bool, typer.Option("--new-batch", help="Open the next batch for them.")] = False,
+    data: Data = ANNOTATIONS,
+    database: DatabaseUrl = None,
+) -> None:
+    """Add prompts or items to a project, or a whole project from its export."""
+    path = _annotation_database(data, database)
+    from groundup.feedback.commands import import_source
+    from groundup.feedback.settings import AnnotateConfig
+
+    for line in import_source(AnnotateConfig(database=path), source, project, new_batch):
+        typer.echo(line)
 
 
 @app.command(epilog="Example: groundup convert runs/quickstart model.gguf --to gguf --quantisation q8_0")

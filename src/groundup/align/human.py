@@ -16,21 +16,27 @@ The application shows `responses[0]` first if `order_seed` is even, else second,
 `winner` is an index into `responses`, or null where the annotator cannot tell; `rating` is one of "significantly
 better", "better", "slightly better", "negligibly better" (also for unsure), and may be left out without a winner.
 `is_safe`, for each of `responses`, is needed for the criterion safety alone. `annotator` and `reason` may be left out.
-If a comparison is judged again, the last line counts. Lines are only ever appended.
+If a comparison is judged again, the last line counts; {"id": "3f0c...", "withdrawn": true} takes a judgement back.
+Lines are only ever appended.
+
+`application.json`, written by the application as soon as it has taken the tasks: {"url": "http://127.0.0.1:8080"}.
 """
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from groundup.align.judges import RATINGS, UNSAFE_WINNER, Abstention, Pair, Verdict
 from groundup.base.errors import UserError
-from groundup.base.files import sha256_json
+from groundup.base.files import read_json, sha256_json
 from groundup.base.records import read_jsonl, to_json, write_jsonl
 from groundup.base.seeds import derive_seed
 
 TASKS = "tasks.jsonl"
 RATINGS_FILE = "ratings.jsonl"
+APPLICATION = "application.json"
 UNDECIDED = "left undecided by the annotator"
 
 
@@ -55,11 +61,17 @@ class HumanJudge:
         num_rated = sum(task["id"] in ratings for task in tasks)
         if num_rated < len(tasks):
             raise UserError(
-                f"{num_rated} of {len(tasks)} comparisons are rated in {self._folder / RATINGS_FILE}",
-                f"rate those of {self._folder / TASKS} with the annotation application, then run the same command "
-                "to go on; nothing is generated again",
+                f"{num_rated} of {len(tasks)} comparisons are rated in {self._folder / RATINGS_FILE}", self._remedy()
             )
         return [_verdict(pair, *ratings[task["id"]], self._folder / RATINGS_FILE) for pair, task in zip(items, tasks)]
+
+    def _remedy(self) -> str:
+        command = f"`groundup annotate --handover {shlex.quote(str(self._folder))}`"
+        if (self._folder / APPLICATION).exists():
+            where = f"rate the others at {read_json(self._folder / APPLICATION)['url']} ({command} starts it again)"
+        else:
+            where = f"start {command}, and rate those of {self._folder / TASKS} at the address that it prints"
+        return f"{where}; then run the same command to go on, nothing is generated again"
 
     def _task(self, pair: Pair) -> dict[str, Any]:
         content = {
@@ -92,12 +104,40 @@ class HumanJudge:
         if not path.exists():
             return {}
         ratings = {}
-        for number, row in enumerate(read_jsonl(path), 1):
+        for number, row in _whole_rows(path):
             task_id = row.get("id")
             if not isinstance(task_id, str) or task_id not in known:
                 raise UserError(f"{path}:{number}: no task has the id {task_id!r}", f"{TASKS} holds the tasks")
-            ratings[task_id] = (row, number)
+            if row.get("withdrawn") is True:
+                ratings.pop(task_id, None)
+            else:
+                ratings[task_id] = (row, number)
         return ratings
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file that is being written to, with their numbers; a last line that is not whole yet is no row."""
+    *lines, last = path.read_bytes().split(b"\n")
+    if last.strip() and _parses(last):
+        lines.append(last)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _verdict(pair: Pair, row: dict[str, Any], number: int, path: Path) -> Verdict | Abstention:

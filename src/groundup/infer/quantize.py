@@ -24,7 +24,6 @@ PACKED_ROWS = 32
 """The number of rows that packed layouts are chosen for; other numbers work too."""
 
 
-
 def sampling_weights(wanted: SamplingWeights, device: torch.device) -> Weights:
     """`auto`: bf16 where the device multiplies bf16 matrices in hardware, else as they are."""
     if wanted != "auto":

@@ -7,6 +7,7 @@ the response), so that the sampled text does not depend on what else is in the b
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ _BLOCK = 128
 """Vocabularies are scanned in two levels, over blocks and inside one: several times faster than in one pass."""
 _CANDIDATES = (64, 1024)
 """Sizes to try for the sorted head of a distribution before all of it is sorted."""
+_ATTEMPTS = 9
+_STREAM = np.uint64(0xD1B54A32D192ED03)
+"""Between the random streams of the attempts at one token."""
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -46,38 +50,62 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class RowParams:
-    """The parameters of B rows as tensors, made once for as long as the rows stay the same."""
+class RowGroup:
+    """Rows of a batch that are drawn in the same way."""
 
-    temperatures: Tensor
+    kind: Literal["greedy", "whole", "nucleus", "sorted"]
+    places: list[int]
+    index: Tensor
     top_ps: Tensor
     top_ks: Tensor
     keys: NDArray[np.uint64]
-    is_greedy: Tensor
-    is_truncated: Tensor
-    all_greedy: bool
-    any_truncated: bool
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """The parameters of B rows, made once for as long as the rows stay the same."""
+
+    temperatures: Tensor
+    groups: list[RowGroup]
     any_logps: bool
     most_tops: int
     """The largest `top_logps`."""
 
+    @property
+    def all_greedy(self) -> bool:
+        return [group.kind for group in self.groups] == ["greedy"]
+
 
 def stack_params(params: Sequence[SamplingParams], keys: Sequence[int], device: torch.device) -> RowParams:
     """`keys` are the rows' random streams, 63-bit numbers."""
-    is_greedy = [p.temperature == 0 for p in params]
-    is_truncated = [p.temperature > 0 and (p.top_p < 1 or p.top_k > 0) for p in params]
+    kinds = [_kind(p) for p in params]
+    groups = []
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, each in enumerate(kinds) if each == kind]
+        groups.append(
+            RowGroup(
+                kind,
+                places,
+                torch.tensor(places, device=device),
+                torch.tensor([params[place].top_p for place in places], dtype=torch.float64, device=device),
+                torch.tensor([params[place].top_k for place in places], device=device),
+                np.array([keys[place] for place in places], dtype=np.uint64),
+            )
+        )
     return RowParams(
         temperatures=torch.tensor([p.temperature or 1.0 for p in params], device=device),
-        top_ps=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-        top_ks=torch.tensor([p.top_k for p in params], device=device),
-        keys=np.array(keys, dtype=np.uint64),
-        is_greedy=torch.tensor(is_greedy, device=device),
-        is_truncated=torch.tensor(is_truncated, device=device),
-        all_greedy=all(is_greedy),
-        any_truncated=any(is_truncated),
+        groups=groups,
         any_logps=any(p.want_logps for p in params),
         most_tops=max(p.top_logps for p in params),
     )
+
+
+def _kind(params: SamplingParams) -> Literal["greedy", "whole", "nucleus", "sorted"]:
+    if params.temperature == 0:
+        return "greedy"
+    if params.top_k > 0:
+        return "sorted"
+    return "nucleus" if params.top_p < 1 else "whole"
 
 
 def sample(logits: Tensor, rows: RowParams, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -87,20 +115,29 @@ def sample(logits: Tensor, rows: RowParams, positions: Sequence[int]) -> tuple[T
     Choice: top-k first, then top-p among what top-k left, as transformers does. Greedy rows have the
     log-probabilities of temperature 1.
     """
-    if rows.all_greedy:
-        tokens = argmax(logits)
-        return tokens, token_logps(logits, tokens) if rows.any_logps else None
-    scaled = logits / rows.temperatures[:, None]
-    uniforms = torch.from_numpy(hash_uniforms(rows.keys, np.array(positions, dtype=np.uint64))).to(logits.device)
-    if rows.any_truncated:
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        cut, whole = rows.is_truncated.nonzero()[:, 0], (~rows.is_truncated).nonzero()[:, 0]
-        tokens[cut] = draw_truncated(scaled[cut], rows.top_ks[cut], rows.top_ps[cut], uniforms[cut])
-        tokens[whole] = draw(scaled[whole], uniforms[whole])
+    scaled = logits if rows.all_greedy else logits / rows.temperatures[:, None]
+    if len(rows.groups) == 1:
+        tokens = _draw_group(scaled, rows.groups[0], positions)
     else:
-        tokens = draw(scaled, uniforms)
-    tokens = torch.where(rows.is_greedy, argmax(logits), tokens)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for group in rows.groups:
+            tokens[group.index] = _draw_group(scaled[group.index], group, positions)
     return tokens, token_logps(scaled, tokens) if rows.any_logps else None
+
+
+def _draw_group(logits: Tensor, group: RowGroup, positions: Sequence[int]) -> Tensor:
+    """Shapes: logits (b, V) of the group's rows -> (b,) int64."""
+    if group.kind == "greedy":
+        return argmax(logits)
+    attempts = _ATTEMPTS if group.kind == "nucleus" else 1
+    streams = group.keys + np.arange(attempts, dtype=np.uint64)[:, None] * _STREAM
+    at = np.array([positions[place] for place in group.places], dtype=np.uint64)
+    uniforms = torch.from_numpy(hash_uniforms(streams, at)).to(logits.device)  # (attempts, b)
+    if group.kind == "nucleus":
+        return draw_nucleus(logits, group.top_ps, uniforms)
+    if group.kind == "sorted":
+        return draw_truncated(logits, group.top_ks, group.top_ps, uniforms[0])
+    return draw(logits, uniforms[0])
 
 
 def top_logps(logits: Tensor, rows: RowParams, params: Sequence[SamplingParams]) -> list[TopLogps | None]:
@@ -138,16 +175,52 @@ def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling from softmax(logits). Shapes: (B, V), (B,) float64 in [0, 1) -> (B,) int64."""
+    blocks = _weights(logits)
+    return _draw_of_blocks(blocks, blocks.sum(-1, dtype=torch.float64), uniforms)
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """exp(logit - largest) in blocks, filled up with 0. Shapes: (B, V) -> (B, blocks, _BLOCK)."""
     B, V = logits.shape
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     padded = F.pad(weights, (0, -V % _BLOCK)) if V % _BLOCK else weights
-    blocks = padded.view(B, padded.shape[1] // _BLOCK, _BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
+    return padded.view(B, -1, _BLOCK)
+
+
+def _draw_of_blocks(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+    """Shapes: blocks (B, blocks, _BLOCK), their sums (B, blocks) float64, (B,) -> (B,) int64."""
     block = _invert(sums, uniforms)
     before = sums.cumsum(-1).gather(1, block[:, None])[:, 0] - sums.gather(1, block[:, None])[:, 0]
-    inside = blocks[torch.arange(B, device=logits.device), block].double()  # (B, 128)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block].double()  # (B, _BLOCK)
     rest = ((uniforms * sums.sum(-1) - before) / inside.sum(-1)).clamp(0, 1)
     return block * _BLOCK + _invert(inside, rest)
+
+
+def draw_nucleus(logits: Tensor, top_ps: Tensor, uniforms: Tensor) -> Tensor:
+    """Top-p sampling; tokens of equal probability are within the nucleus together or not at all.
+
+    Shapes: (B, V), (B,) float64, (attempts, B) float64 -> (B,) int64.
+    Why: a token drawn from all of the distribution is within the nucleus when those likelier than it do not exceed
+    top-p, and one that is not is drawn again: at top-p 0.9 that is 1.1 draws, and nothing is sorted. Sorting takes
+    longer than a decoding step of a small model. Rows that keep failing are sorted in the end; the distribution is the
+    same.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)
+    blocks, bounds = _weights(logits), top_ps
+    for attempt in uniforms[:-1]:
+        sums = blocks.sum(-1, dtype=torch.float64)
+        drawn = _draw_of_blocks(blocks, sums, attempt[left])
+        flat = blocks.flatten(1)
+        is_likelier = torch.gt(flat, flat.gather(1, drawn[:, None]), out=torch.empty_like(flat))
+        is_outside = (is_likelier * flat).sum(-1) > bounds * sums.sum(-1)
+        tokens[left] = drawn
+        if not is_outside.any():
+            return tokens
+        left, blocks, bounds = left[is_outside], blocks[is_outside], bounds[is_outside]
+    every = torch.zeros(len(left), dtype=torch.int64, device=logits.device)
+    tokens[left] = draw_truncated(logits[left], every, top_ps[left], uniforms[-1, left])
+    return tokens
 
 
 def draw_truncated(logits: Tensor, top_ks: Tensor, top_ps: Tensor, uniforms: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ _GGUF_TEMPLATE = "tokenizer.chat_template"
 _UNUSED_SCORE, _UNUSED_TYPE = -1000.0, 5
 
 
+Opened = tuple[WeightsFile, Tokenizer, ChatFormat]
+
+
 @dataclass
 class Checkpoint:
     """A model and all that is needed to talk to it."""
@@ -62,19 +65,24 @@ def load_checkpoint(path: Path, dtype: torch.dtype | None = None, tokenizer: Pat
 
     Raises: UserError for what is missing, unsupported or does not fit together; CorruptFile for a broken file.
     """
+    weights, vocabulary, chat = open_checkpoint(path, tokenizer)
+    model = build_model(weights.config, layout.fuse(weights.config, weights.parts, dtype or weights.dtype))
+    return Checkpoint(model, weights.config, vocabulary, chat, weights.generation)
+
+
+def open_checkpoint(path: Path, tokenizer: Path | None = None) -> Opened:
+    """What `load_checkpoint` loads, before any weights are read: for those who need only what lies around them."""
     recover_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such model")
-    open_any = _OPENERS[_detect(path)]
-    weights, vocabulary, chat = open_any(path, tokenizer)
+    weights, vocabulary, chat = _OPENERS[_detect(path)](path, tokenizer)
     if vocabulary.vocab_size > weights.config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {vocabulary.vocab_size} ids, but the model's embedding only "
             f"{weights.config.vocab_size} rows",
             "this is not the tokenizer that the model was trained with",
         )
-    model = build_model(weights.config, layout.fuse(weights.config, weights.parts, dtype or weights.dtype))
-    return Checkpoint(model, weights.config, vocabulary, chat, weights.generation)
+    return weights, vocabulary, chat
 
 
 def build_model(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
@@ -160,9 +168,6 @@ def convert(
         llama2c.save_llama2c(target, config, state)
         with atomic_file(beside) as temporary:
             temporary.write_bytes(pieces)
-
-
-Opened = tuple[WeightsFile, Tokenizer, ChatFormat]
 
 
 def _open_hf(path: Path, tokenizer: Path | None) -> Opened:

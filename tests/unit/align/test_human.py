@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from groundup.align.human import RATINGS_FILE, TASKS, UNDECIDED, HumanJudge
+from groundup.align.human import APPLICATION, RATINGS_FILE, TASKS, UNDECIDED, HumanJudge
 from groundup.align.judges import UNSAFE_WINNER, Abstention, Origin, Pair, Verdict
 from groundup.base.errors import UserError
 from groundup.base.records import Message, Prompt, read_jsonl
@@ -110,3 +110,35 @@ def test_ratings_of_other_tasks_are_not_overwritten(tmp_path: Path) -> None:
     rate(tmp_path, {"id": tasks_in(tmp_path)[0]["id"], "winner": None})
     assert "holds other comparisons" in stop(tmp_path, HELPFUL[:3]).message
     assert len(tasks_in(tmp_path)) == 2
+
+
+def test_the_message_names_the_command_and_the_address(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    assert f"groundup annotate --handover '{folder}'" in (stop(folder, HELPFUL).remedy or "")
+    (folder / APPLICATION).write_text('{"url": "http://127.0.0.1:8123"}')
+    assert "rate the others at http://127.0.0.1:8123" in (stop(folder, HELPFUL).remedy or "")
+
+
+def test_a_judgement_that_was_taken_back_is_none(tmp_path: Path) -> None:
+    stop(tmp_path, HELPFUL[:1])
+    task = tasks_in(tmp_path)[0]["id"]
+    rate(tmp_path, {"id": task, "winner": 0, "rating": "better"}, {"id": task, "withdrawn": True})
+    assert "0 of 1 comparisons" in stop(tmp_path, HELPFUL[:1]).message
+    rate(tmp_path, {"id": task, "winner": 1, "rating": "better"})
+    assert HumanJudge(tmp_path, 2).grade(HELPFUL[:1]) == [Verdict(1, "better")]
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
+    stop(tmp_path, HELPFUL[:2])
+    first, second = (row["id"] for row in tasks_in(tmp_path))
+    rate(tmp_path, {"id": first, "winner": 0, "rating": "better"})
+    line = json.dumps({"id": second, "winner": 0, "rating": "better"})
+    path = tmp_path / RATINGS_FILE
+    whole = path.read_text()
+    for cut in range(1, len(line)):
+        path.write_text(whole + line[:cut])
+        assert "1 of 2 comparisons" in stop(tmp_path, HELPFUL[:2]).message
+    path.write_text(whole + line)
+    assert len(HumanJudge(tmp_path, 2).grade(HELPFUL[:2])) == 2
+    path.write_text(line[:9] + "\n" + whole)
+    assert f"{path}:1: not valid JSON" in stop(tmp_path, HELPFUL[:2]).message

@@ -1,12 +1,21 @@
-"""A small random model and a byte tokenizer for the engine's tests."""
+"""A small random model, a byte tokenizer and small real tokenizers of both kinds for the engine's tests."""
 
 import codecs
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
+from groundup.text.tokenizer import JsonTokenizer, Tokenizer, train_tokenizer
+
+TEXTS = [
+    'A list of names: {"name": "Zoë", "age": 31, "tags": ["a", "b"], "ok": true, "none": null}\n',
+    "Once upon a time there was a little girl who liked to play with her 12 dogs & 345 cats. The end. " * 3,
+    "  Indented lines,\ttabs and lines; naïve café, 日本, and -1.5e3 numbers 1990-05-17.",
+]
 
 
 class ByteDecoder:
@@ -45,3 +54,19 @@ def tiny_model() -> Transformer:
             if parameter.dim() == 2:
                 parameter.mul_(6)
     return model
+
+
+@pytest.fixture(scope="session", params=["sentencepiece", "byte-level"])
+def real_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("sentencepiece"), seed=0)
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|start|>", "<|end|>", "<|turn|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return JsonTokenizer(raw.to_str(), bos="<|start|>", eos="<|end|>")

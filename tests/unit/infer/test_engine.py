@@ -9,7 +9,8 @@ import torch
 
 from groundup.base.errors import UserError
 from groundup.base.generation import Delta, SamplingParams
-from groundup.infer.engine import MIN_PREFIX_TOKENS, Engine
+from groundup.infer.engine import Engine
+from groundup.infer.slots import MIN_PREFIX_TOKENS
 from groundup.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)

@@ -12,6 +12,7 @@ from groundup.infer.sampling import (
     argmax,
     check_params,
     draw,
+    draw_nucleus,
     draw_truncated,
     hash_uniforms,
     sample,
@@ -85,17 +86,49 @@ def test_truncated_sampling_equals_the_oracle(top_k: int, top_p: float, spread: 
     assert differ <= 2  # a uniform within rounding of a border
 
 
+@pytest.mark.parametrize("attempts", [1, 2, 9])
+@pytest.mark.parametrize("top_p", [0.0, 0.2, 0.7, 0.95, 0.9999])
+@pytest.mark.parametrize("spread", [0.05, 1.5, 6.0])
+def test_nucleus_sampling_follows_the_oracles_distribution(attempts: int, top_p: float, spread: float) -> None:
+    """With one attempt every row is sorted, with more nearly none is."""
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(7)) * spread
+    kept = oracle_kept(logits[0].tolist(), 1.0, 0, top_p)
+    count = 8000
+    uniforms = torch.stack([many_uniforms(count, key=key) for key in range(attempts)])
+    tokens = draw_nucleus(
+        logits.expand(count, -1).contiguous(), torch.full((count,), top_p, dtype=torch.float64), uniforms
+    )
+    probabilities = np.zeros(300)
+    probabilities[list(kept)] = list(kept.values())
+    counts = np.bincount(tokens.numpy(), minlength=300)
+    assert (counts[probabilities == 0] == 0).all()
+    rare = probabilities < 1e-3
+    counts = np.append(counts[~rare], counts[rare].sum())
+    probabilities = np.append(probabilities[~rare], probabilities[rare].sum())
+    statistic, freedom = chi_square(counts, probabilities)
+    assert statistic <= max(freedom, 1) + 5 * np.sqrt(2 * max(freedom, 1))
+
+
+def test_a_nucleus_leaves_out_what_was_masked() -> None:
+    logits = torch.full((50, 140), float("-inf"))
+    logits[:, [3, 77, 130]] = torch.tensor([1.0, 1.0, -4.0])
+    uniforms = torch.stack([many_uniforms(50, key=key) for key in range(4)])
+    tokens = draw_nucleus(logits, torch.full((50,), 0.9, dtype=torch.float64), uniforms)
+    assert set(tokens.tolist()) == {3, 77}
+
+
 def test_rows_keep_their_own_parameters_in_a_mixed_batch() -> None:
-    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(3)) * 2
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(3)) * 2
     params = [
         SamplingParams(temperature=0, want_logps=True),
         SamplingParams(temperature=0.7),
         SamplingParams(temperature=1.5, top_p=0.8),
         SamplingParams(temperature=1.0, top_k=3),
+        SamplingParams(temperature=1.2, top_p=0.4),
         SamplingParams(temperature=0.5, top_k=200, top_p=0.5),
         SamplingParams(),
     ]
-    keys, positions = list(range(10, 16)), [0, 5, 9, 2, 0, 7]
+    keys, positions = list(range(10, 17)), [0, 5, 9, 2, 4, 0, 7]
     together, logps = sample(logits, stack_params(params, keys, CPU), positions)
     assert logps is not None
     for row, p in enumerate(params):
@@ -154,10 +187,12 @@ def test_the_last_uniform_never_leaves_the_vocabulary() -> None:
     ("field", "value"),
     [
         ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
-        ("top_p", 1.5), ("top_k", -1), ("num_samples", 0), ("stop", ("",)),
+        ("top_p", 1.5), ("top_k", -1), ("num_samples", 0), ("stop", ("",)), ("top_logps", -1),
+        ("logit_bias", ((100, 1.0),)), ("logit_bias", ((-1, 1.0),)), ("logit_bias", ((1, float("nan")),)),
+        ("frequency_penalty", float("inf")), ("presence_penalty", float("nan")),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_named(field: str, value: object) -> None:
     with pytest.raises(UserError, match=field):
-        check_params(dataclasses.replace(SamplingParams(), **{field: value}))
-    check_params(SamplingParams())
+        check_params(dataclasses.replace(SamplingParams(), **{field: value}), 100)
+    check_params(SamplingParams(), 100)
