@@ -15,7 +15,7 @@ $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "groundup needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[tasks]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[tasks,serve,annotate]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.user

@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 import errno
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from groundup.base.errors import UserError
+from groundup.base.extras import need_extra
 from groundup.base.progress import say
+from groundup.serve.command import serve
 
 if TYPE_CHECKING:
     from groundup.stages.pipeline import Pipeline
@@ -85,16 +86,6 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 annotate_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(annotate_app, name="annotate")
-
-
-def _need_extra(extra: str, *modules: str) -> None:
-    """Optional parts of the package say how to get them."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"`groundup {extra}` needs packages that are not installed ({', '.join(missing)})",
-            f"pip install 'groundup[{extra}]'",
-        )
 
 
 RecipeArg = Annotated[
@@ -258,55 +249,7 @@ def generate(
         typer.echo(text)
 
 
-@app.command(epilog="Example: groundup serve runs/quickstart --port 8000")
-def serve(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models as for chat, called by their folders.", show_default=False),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option("--name", metavar="NAME=MODEL", help="A model by a name; may be repeated.", show_default=False),
-    ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback need a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file",
-            metavar="FILE",
-            help="Keys that requests must carry, one a line (or one key in GROUNDUP_API_KEY).",
-            show_default=False,
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host", metavar="NAME", help="A further name of this server; may be repeated.", show_default=False
-        ),
-    ] = None,
-    engine: Annotated[str, typer.Option("--engine", help="groundup, llama.cpp or vllm.")] = "groundup",
-    weights: WeightsOption = "as is",
-    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Most responses written at a time.")] = 32,
-    queue: Annotated[int, typer.Option("--queue", min=0, max=100_000, help="Most responses that may wait.")] = 256,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens", min=2, help="Context, answer included (default: the model's).", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Serve models: an OpenAI-compatible API and a chat page."""
-    _need_extra("serve", "fastapi", "uvicorn", "llguidance", "prometheus_client", "markdown_it", "nh3")
-    from groundup.serve.config import ServeConfig
-    from groundup.serve.run import EngineOptions, read_keys
-    from groundup.serve.run import serve as run_server
-
-    config = ServeConfig(host=host, api_keys=read_keys(api_key_file, os.environ), allow_hosts=tuple(allow_host or ()))
-    options = EngineOptions(engine=engine, weights=weights, slots=slots, queue=queue, max_tokens=max_tokens)
-    run_server(models or [], name or [], config, options, port=port)
+app.command(epilog="Example: groundup serve runs/quickstart --port 8000")(serve)
 
 
 Data = Annotated[
@@ -325,7 +268,7 @@ ANNOTATIONS = Path("annotations")
 
 
 def _annotation_database(data: Path, url: str | None) -> str:
-    _need_extra(
+    need_extra(
         "annotate", "fastapi", "uvicorn", "sqlalchemy", "alembic", "argon2", "multipart", "httpx", "markdown_it", "nh3"
     )
     return url or os.environ.get("GROUNDUP_DATABASE") or str(data / "annotations.sqlite")
@@ -347,12 +290,7 @@ def annotate(
     https: Annotated[bool, typer.Option("--https", help="Browsers come by HTTPS, through a proxy in front.")] = False,
     handover: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--handover",
-            metavar="DIR",
-            help="A run (or its annotation folder) that waits for ratings; may be repeated.",
-            show_default=False,
-        ),
+        typer.Option("--handover", metavar="DIR", help="A run that waits for ratings; repeatable.", show_default=False),
     ] = None,
     overlap: Annotated[
         int, typer.Option("--overlap", min=1, max=100, help="With --handover: people that rate each comparison.")
@@ -387,12 +325,9 @@ def annotate_export(
     """What people said, as an artifact that training reads."""
     path = _annotation_database(data, database)
     from groundup.feedback.commands import export
-    from groundup.feedback.settings import AnnotateConfig
 
-    artifact = export(AnnotateConfig(database=path), project, out, held_out)
-    for key, value in artifact.metrics.items():
-        typer.echo(f"{key}: {value}")
-    typer.echo(artifact.path)
+    for line in export(path, project, out, held_out):
+        typer.echo(line)
 
 
 @annotate_app.command("import", epilog="Example: groundup annotate import prompts.jsonl --project helpful")
@@ -411,9 +346,8 @@ def annotate_import(
     """Add prompts or items to a project, or a whole project from its export."""
     path = _annotation_database(data, database)
     from groundup.feedback.commands import import_source
-    from groundup.feedback.settings import AnnotateConfig
 
-    for line in import_source(AnnotateConfig(database=path), source, project, new_batch):
+    for line in import_source(path, source, project, new_batch):
         typer.echo(line)
 
 

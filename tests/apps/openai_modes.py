@@ -175,6 +175,9 @@ class Raw:
     def post(self, route: str, body: dict[str, Any]) -> httpx.Response:
         return self._http.post(f"{self._base}/{route}", json=body)
 
+    def close(self) -> None:
+        self._http.close()
+
     def reference(self, kind: str, request: dict[str, Any]) -> Outcome:
         """The answer to a request with a seed, checked strictly and remembered."""
         key = f"{kind} {request!r}"

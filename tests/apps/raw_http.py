@@ -86,6 +86,8 @@ def read_reply(connection: socket.socket) -> Reply:
     headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
     if headers.get("transfer-encoding") == "chunked":
         body = _unchunk(body)
+    elif "content-length" in headers:
+        body = body[: int(headers["content-length"])]  # an answer to what came after may follow
     return Reply(int(lines[0].split()[1]), headers, body)
 
 

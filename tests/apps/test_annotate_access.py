@@ -17,6 +17,7 @@ from groundup.feedback.access import ACCESS, ADMINS, ANYONE, REVIEWERS, SIGNED_I
 from groundup.feedback.contents import GivenResponse, Gold, ItemContent, Turn
 from groundup.feedback.projects import NewItem
 from groundup.feedback.tables import Assignment, Item
+from groundup.feedback.views import static_url
 
 SECRETS = (*ANSWERS, "sha-of-alpha-7b", "sha-of-beta-13b")
 CALLERS = {None: "anonymous", "ann": "annotator", "ben": "annotator", "rita": "reviewer", "admin": "admin"}
@@ -218,7 +219,7 @@ def test_other_sites_and_names_are_refused(world: Annotation) -> None:
 
 def test_every_answer_has_the_policy(world: Annotation) -> None:
     with world.client("ann") as client:
-        for path in ("/", "/login", "/account", "/nothing", "/projects/1", "/static/app.js", "/health"):
+        for path in ("/", "/login", "/account", "/nothing", "/projects/1", static_url("app.js"), "/health"):
             answer = client.get(path)
             policy = answer.headers["content-security-policy"]
             assert "default-src 'self'" in policy

@@ -30,7 +30,7 @@ def well_behaved_models(world: Annotation) -> None:
 def test_a_model_that_fails_costs_no_words(world: Annotation, browser: Browser) -> None:
     """One of two answers fails: it is told without its name, asked again alone, and the prompt may be changed."""
     project = world.project("failing", "preference", [NewItem()])
-    world.models.failures["alpha-7b"] = [400, 400, 500, 500, 500]
+    world.models.failures["alpha-7b"] = [400, 400, 503, 503]
     with world.page(browser, "ann") as (page, noticed):
         begin(page, world, project)
         page.fill("#prompt", "Why does it rain?")

@@ -120,7 +120,7 @@ def test_safety_labels_and_undo(world: Annotation, browser: Browser) -> None:
         press(page, "z")
         expect(page.locator(".answer").nth(0)).to_have_text("I cannot help with that.")
         ready(page)
-        assert page.locator("input:checked").evaluate_all("all => all.map(one => one.value)") == [
+        assert page.locator("input[type=radio]:checked").evaluate_all("all => all.map(one => one.value)") == [
             "yes", "no", "0 significantly better",
         ]  # fmt: skip
         press(page, "2", "Enter")
@@ -189,10 +189,10 @@ def test_writing_and_review(world: Annotation, browser: Browser) -> None:
 def test_evaluation_on_a_phone(world: Annotation, browser: Browser) -> None:
     """Two models on a fixed prompt, seven points, by touch; the second rater sees the same two answers."""
     project = world.project("evaluation", "comparison", [asked("Why does it rain?")], overlap=3)
-    for name, words in (("ann", "A is better"), ("ben", "About the same")):
+    for name, score in (("ann", -2), ("ben", 0)):
         with world.page(browser, name, **PHONE) as (page, noticed):
             begin(page, world, project)
-            page.get_by_text(words, exact=True).tap()
+            page.locator(f"input[value='{score}']").tap()
             width = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
             assert width[0] <= width[1], "nothing sticks out sideways"
             small = page.evaluate(

@@ -115,8 +115,10 @@ def clients(base: str) -> Iterator[Clients]:
 
 
 @pytest.fixture(scope="module")
-def raw(base: str) -> Raw:
-    return Raw(base)
+def raw(base: str) -> Iterator[Raw]:
+    raw = Raw(base)
+    yield raw
+    raw.close()
 
 
 def refused(clients: Clients, kind: str, request: dict[str, Any], *, is_async: bool) -> openai.APIStatusError:

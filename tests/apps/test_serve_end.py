@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any
@@ -46,7 +47,7 @@ def body(question: str, **changes: Any) -> dict[str, Any]:
 
 def until_started(server: Server) -> Site:
     while not server.started:
-        pass
+        time.sleep(0.01)
     return Site("127.0.0.1", int(server.url.rpartition(":")[2]))
 
 
@@ -68,7 +69,7 @@ def test_answers_that_take_too_long_are_told(server: Server, backend: ScriptedBa
     ask = Thread(target=lambda: answers.append(httpx.post(site.url + CHAT, json=body("long"), timeout=60)))
     ask.start()
     while not backend.num_open:
-        pass
+        time.sleep(0.01)
     server.should_exit = True
     ask.join(60)
     assert answers[0].status_code == 503
@@ -84,6 +85,8 @@ def test_one_line_a_request(server: Server, caplog: pytest.LogCaptureFixture) ->
     httpx.get(site.url + "/v1/models/secret")
     httpx.get(site.url + "/secret%0d%0ainjected?key=secret")
     httpx.request("SECRET", site.url + "/health")
+    while len(caplog.records) < 5:  # the last one is written after its answer
+        time.sleep(0.01)
     lines = [record.getMessage() for record in caplog.records]
     # Numbers that differ between runs are left out.
     assert [line.split(" ms")[0].rsplit(" ", 1)[0] for line in lines] == [

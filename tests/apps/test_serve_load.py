@@ -121,9 +121,8 @@ def disconnect_round(server: Server, expected: dict[str, str], seed: int) -> Non
 
     for (question, _, leave), text in zip(plan, asyncio.run(all_at_once()), strict=True):
         assert text == (expected[question] if leave is None else None)
-    wait_until(lambda: not server.engine.num_active and not server.engine.num_waiting, "all slots are free")
-    stats = server.backend.stats()
-    assert (stats.active, stats.waiting) == (0, 0)
+    wait_until(lambda: not server.backend.stats().active, "all slots are free")
+    assert (server.engine.num_active, server.engine.num_waiting) == (0, 0)
     assert not any(slot.is_taken for slot in server.engine.slots._slots)
     assert not server.backend._open
     assert not server.backend._streams

@@ -103,7 +103,7 @@ class HumanJudge:
         path = self._folder / RATINGS_FILE
         if not path.exists():
             return {}
-        ratings = {}
+        ratings: dict[str, tuple[dict[str, Any], int]] = {}
         for number, row in _whole_rows(path):
             task_id = row.get("id")
             if not isinstance(task_id, str) or task_id not in known:

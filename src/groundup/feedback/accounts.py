@@ -123,11 +123,9 @@ class Accounts:
         """The link is void from now on. Administrators only."""
         require_admin(by)
         with self._database.write() as session:
-            session.execute(
-                update(Invitation)
-                .where(Invitation.id == invitation_id, *self._is_open())
-                .values(revoked_at=self._clock())
-            )
+            invitation = find(session, Invitation, invitation_id)
+            if invitation is not None and invitation.used_at is None:
+                invitation.revoked_at = self._clock()
 
     def accept(self, token: str, name: str, password: str) -> Account:
         """Use an invitation: make the account `name`, or (a reset) give the invitation's account the new password.

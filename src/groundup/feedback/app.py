@@ -27,7 +27,7 @@ from groundup.feedback.migrate import migrate
 from groundup.feedback.projects import Projects
 from groundup.feedback.security import Services, admit
 from groundup.feedback.settings import AnnotateConfig
-from groundup.feedback.views import STATIC, render, sentences
+from groundup.feedback.views import STATIC, render, sentences, static_root
 from groundup.feedback.work import Work
 from groundup.web.guard import Guard, local_hosts
 from groundup.web.run import serve_app
@@ -68,7 +68,7 @@ def create_app(settings: AnnotateConfig, clock: Clock = utc_now, handover: Seque
     app.state.handovers = Handovers(database, projects, handover, settings.handover_overlap)
     for routes in (routes_account, routes_tasks, routes_dialogue, routes_admin):
         app.include_router(routes.router)
-    app.mount("/static", Static(directory=STATIC))
+    app.mount(static_root(), Static(directory=STATIC))
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -110,7 +110,7 @@ class Static(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         answer = await super().get_response(path, scope)
-        if answer.status_code == 200 and b"v=" in scope["query_string"]:
+        if answer.status_code == 200:
             answer.headers["cache-control"] = f"public, max-age={YEAR_SECONDS}, immutable"
         return answer
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from groundup.base.artifacts import MANIFEST, Artifact
+from groundup.base.artifacts import MANIFEST
 from groundup.base.errors import UserError
 from groundup.data.prompts import PromptReport
 from groundup.feedback.database import Database
@@ -17,36 +17,41 @@ from groundup.feedback.tables import Project
 
 
 @contextmanager
-def opened(settings: AnnotateConfig, *, is_new: bool = False) -> Iterator[Database]:
+def opened(database: str, *, is_new: bool = False) -> Iterator[Database]:
     """The database, at the newest schema. Raises: UserError where there is none, unless it may be made."""
-    path = Path(settings.database_url.removeprefix("sqlite:///"))
-    if not is_new and settings.database_url.startswith("sqlite:") and not path.exists():
+    url = AnnotateConfig(database=database).database_url
+    path = Path(url.removeprefix("sqlite:///"))
+    if not is_new and url.startswith("sqlite:") and not path.exists():
         raise UserError(f"{path}: no such database", "name the folder that groundup annotate --data was started with")
-    database = Database(settings.database_url)
+    found = Database(url)
     try:
-        migrate(database)
-        yield database
+        migrate(found)
+        yield found
     finally:
-        database.close()
+        found.close()
 
 
-def export(settings: AnnotateConfig, project: str, out: Path, held_out_fraction: float) -> Artifact:
-    """Write a project's export; the application may be running."""
-    with opened(settings) as database:
-        return export_project(database, project, out, held_out_fraction=held_out_fraction)
+def export(database: str, project: str, out: Path, held_out_fraction: float) -> list[str]:
+    """Write a project's export; the application may be running. `database`: as in `AnnotateConfig`.
+
+    Returns what to say about it.
+    """
+    with opened(database) as found:
+        artifact = export_project(found, project, out, held_out_fraction=held_out_fraction)
+    return [*(f"{key}: {value}" for key, value in artifact.metrics.items()), str(artifact.path)]
 
 
-def import_source(settings: AnnotateConfig, source: str, project: str | None, new_batch: bool) -> list[str]:
+def import_source(database: str, source: str, project: str | None, new_batch: bool) -> list[str]:
     """Into the database: an export (`project`: a name other than its own), or items for the project of that name.
 
     Returns what to say about it. Raises: UserError for a source that cannot be read, or a project that is not there.
     """
     is_export = all((Path(source) / name).exists() for name in (MANIFEST, PROJECT_FILE))
-    with opened(settings, is_new=is_export) as database:
+    with opened(database, is_new=is_export) as found:
         if is_export:
-            found = import_export(database, Path(source), project)
-            return [f"{found.project}: {found.items} items, {found.submissions} answers, {found.people} people"]
-        projects, report = Projects(database), PromptReport()
+            made = import_export(found, Path(source), project)
+            return [f"{made.project}: {made.items} items, {made.submissions} answers, {made.people} people"]
+        projects, report = Projects(found), PromptReport()
         into = _named(projects, project)
         items = read_items(source, report)
         batches = projects.batches(into.id)

@@ -35,7 +35,7 @@ class Database:
         self._writer: Engine
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         if self.is_sqlite:
-            if parsed.query or not parsed.database:
+            if "?" in url or not parsed.database:
                 raise UserError(f"{url!r}: no file is named, or its name has a question mark", REMEDY)
             self.engine = _sqlite_engine(parsed.set(drivername="sqlite"))
             self._reader = self.engine.execution_options(begin="BEGIN", query_only=1)

@@ -144,7 +144,7 @@ class Projects:
     def endpoints_of(self, project_id: int) -> list[Endpoint]:
         """The models that answer in a project; with their keys, so never for a page."""
         with self._database.read() as session:
-            return _endpoints(session, project_id)
+            return _endpoints(session, _project(session, project_id).id)
 
     def open_batch(self, by: Account, project_id: int, label: str | None = None) -> Batch:
         """The next batch; it is called after the week ("2026-W31") unless told otherwise."""
@@ -175,7 +175,8 @@ class Projects:
     def batches(self, project_id: int) -> list[Batch]:
         """A project's, by number."""
         with self._database.read() as session:
-            return list(session.scalars(select(Batch).where(Batch.project_id == project_id).order_by(Batch.number)))
+            project = _project(session, project_id)
+            return list(session.scalars(select(Batch).where(Batch.project_id == project.id).order_by(Batch.number)))
 
     def add_items(self, by: Account, batch_id: int, items: Sequence[NewItem]) -> Added:
         """Append items. For dialogues that annotators start themselves: as many empty `NewItem()` as are wanted.

@@ -201,6 +201,7 @@ class Work:
         """Take back one's last submission here; its answers are in the draft. Raises: Conflict where it is too late."""
         now = self._clock()
         with self._database.write() as session:
+            _project(session, project_id)
             last = session.scalar(_last_submission(user_id, project_id))
             if last is None:
                 raise Conflict("there is nothing to take back")

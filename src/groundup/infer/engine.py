@@ -108,7 +108,7 @@ class Engine:
     def _forget(self) -> None:
         # fp32 on CPUs: attention of single queries is no faster in bf16 there, and scores keep their precision.
         dtype = torch.float32 if self.device.type == "cpu" else self.model.norm.weight.dtype
-        self.slots = Slots(self.model.config, self.max_slots, dtype, self.device)
+        self.slots = Slots(self.model.config, self.max_slots, self.max_tokens, dtype, self.device)
 
     # ---- requests
 

@@ -35,8 +35,10 @@ class Slot:
 class Slots:
     """All slots of one cache; memory grows with use up to `cache_bytes(config, max_slots, max_tokens)`."""
 
-    def __init__(self, config: ModelConfig, max_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.cache = SlotCache(config, max_slots, dtype, device)
+    def __init__(
+        self, config: ModelConfig, max_slots: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.cache = SlotCache(config, max_slots, dtype, device, max_tokens)
         self.num_active = 0
         self._slots = [Slot(index) for index in range(max_slots)]
         self._clock = 0

@@ -20,8 +20,16 @@ BLOCK_POSITIONS = 32
 class SlotCache:
     """`begin` says where the tokens of the next forward stand, `update` stores them layer by layer."""
 
-    def __init__(self, config: ModelConfig, max_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int | None = None,
+    ) -> None:
         self.max_slots = max_slots
+        self.max_positions = max_positions or config.max_positions
         G, K, layers = config.n_kv_heads, config.head_dim, range(config.n_layers)
         self.keys = [torch.empty(0, G, 0, K, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(0, G, 0, K, dtype=dtype, device=device) for _ in layers]
@@ -39,6 +47,9 @@ class SlotCache:
         """Make room for at least so many and keep what is stored. New memory is zero: what is masked must be finite."""
         old_slots, old_positions = self.capacity
         assert slots <= self.max_slots
+        if positions > old_positions:
+            # An eighth more than before: growing copies everything, and what is not used yet is still multiplied.
+            positions = max(positions, min(old_positions + old_positions // 8, self.max_positions))
         positions = max(old_positions, _whole_blocks(positions))
         slots = old_slots if slots <= old_slots else min(self.max_slots, max(slots, 2 * old_slots))
         if (slots, positions) == (old_slots, old_positions):

@@ -31,7 +31,7 @@ def create_app(models: Mapping[str, Backend], config: ServeConfig) -> FastAPI:
     assert models, "there is nothing to serve"
     metrics = Metrics(models)
     grammars = {backend.name: Grammars(backend.tokenizer) for backend in models.values()}
-    service = Service(models, config, metrics, grammars)
+    service = Service(models, metrics, grammars)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

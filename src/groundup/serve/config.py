@@ -49,4 +49,6 @@ class ServeConfig(Config):
     allow_hosts: tuple[str, ...] = Field(
         default=(), description="further names under which clients reach the server, without ports"
     )
-    drain_seconds: float = Field(default=10.0, ge=0, description="what running requests get to finish at the end")
+    drain_seconds: float = Field(
+        default=2.0, ge=0, description="what engines get to end after the web server has drained"
+    )

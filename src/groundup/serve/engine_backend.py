@@ -256,7 +256,8 @@ class EngineBackend:
                     self._advance_call()
                 if self._streams:
                     self._step()
-                self._stats = self._engine.stats()
+                else:
+                    self._stats = self._engine.stats()
         except BaseException as error:
             log_failure(f"the engine of {self.name}", error)
             self._death = f"the engine ended with {type(error).__name__}; the server has to be started again"
@@ -296,6 +297,7 @@ class EngineBackend:
             self._fail_step(error)
             return
         self._failed_steps = 0
+        self._stats = self._engine.stats()  # before anyone hears of the step
         batch = []
         for delta in deltas:
             stream = self._streams[delta.request_id]

@@ -15,7 +15,6 @@ from groundup.base.generation import Constraint, Delta, SamplingParams
 from groundup.infer.grammar import Grammars
 from groundup.serve import config as limits
 from groundup.serve.backend import Backend, RequestFailed
-from groundup.serve.config import ServeConfig
 from groundup.serve.metrics import Metrics
 from groundup.serve.schemas import SamplingFields
 from groundup.serve.wire import ApiError, as_api_error, close_iterator
@@ -31,7 +30,6 @@ class Service:
     """What the routes share."""
 
     models: Mapping[str, Backend]
-    config: ServeConfig
     metrics: Metrics
     grammars: Mapping[str, Grammars]
     """By the names of the backends."""
@@ -195,19 +193,19 @@ class Generation(AsyncIterator[tuple[int, Delta]]):
         Raises: what `Backend.start` does.
         """
         prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self = Generation(backend.name, service.metrics, prompt_tokens, params[0].num_samples)
-        group = object()
+        generation = Generation(backend.name, service.metrics, prompt_tokens, params[0].num_samples)
+        streams, group = generation._streams, object()
         try:
             for prompt, each in zip(prompts, params, strict=True):
-                self._streams.append(backend.start(prompt, each, group) if each.max_new_tokens else _no_tokens(each))
+                streams.append(backend.start(prompt, each, group) if each.max_new_tokens else _no_tokens(each))
         except Exception:
-            await self.aclose()
+            await generation.aclose()
             raise
-        if len(self._streams) > 1:
-            self._pumps = [asyncio.create_task(self._pump(*pair)) for pair in enumerate(self._streams)]
-            self._num_running = len(self._pumps)
+        if len(streams) > 1:
+            generation._pumps = [asyncio.create_task(generation._pump(*pair)) for pair in enumerate(streams)]
+            generation._num_running = len(streams)
         service.metrics.prompt_tokens.labels(backend.name).inc(prompt_tokens)
-        return self
+        return generation
 
     async def __anext__(self) -> tuple[int, Delta]:
         choice, delta = await self._next()

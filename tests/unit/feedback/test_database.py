@@ -103,7 +103,9 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "mysql://host/name", "oracle://host", "", "sqlite://", "sqlite:///a?b.sqlite"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "mysql://host/name", "oracle://host", "", "sqlite://", "sqlite:///a?b.sqlite"]
+)
 def test_other_databases_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="sqlite:///FILE"):
         Database(url)

@@ -253,6 +253,44 @@ def test_keys_have_a_form(world: World, key: str) -> None:
         world.work.submit(ann.id, task.assignment_id, task.version, key, BETTER)
 
 
+@pytest.mark.parametrize(
+    "draft", [{"reason": "half a pair \ud800"}, {"score": float("nan")}, {"reason": "x" * 500_001}]
+)
+def test_drafts_that_cannot_be_kept(world: World, draft: dict[str, object]) -> None:
+    ann = world.person("ann")
+    project = world.project("preference", 1)
+    task = claimed(world, ann.id, project.id)
+    with pytest.raises(Invalid):
+        world.work.save_draft(ann.id, task.assignment_id, task.version, draft)
+    kept = {"reason": "NUL \0, smiles \U0001f600", "choices": [1, None]}
+    world.work.save_draft(ann.id, task.assignment_id, task.version, kept)
+    assert world.work.task(ann.id, task.assignment_id).draft == kept
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**31, 2**63, 2**70])
+def test_numbers_that_are_nobody_s(world: World, number: int) -> None:
+    ann = world.person("ann")
+    for call in (
+        lambda: world.work.claim(ann.id, number),
+        lambda: world.work.progress(ann.id, number),
+        lambda: world.work.test_result(ann.id, number),
+        lambda: world.work.undo(ann.id, number),
+        lambda: world.work.task(ann.id, number),
+        lambda: world.work.submit(ann.id, number, 1, "a-key-of-this-form", {}),
+        lambda: world.dialogues.begin_turn(ann.id, number, 1, "hello"),
+        lambda: world.projects.project(number),
+        lambda: world.projects.batches(number),
+        lambda: world.projects.endpoints_of(number),
+        lambda: world.projects.open_batch(world.admin, number),
+        lambda: world.projects.set_batch_open(world.admin, number, True),
+        lambda: world.projects.change_endpoint(world.admin, number),
+        lambda: world.accounts.set_active(world.admin, number, True),
+        lambda: world.accounts.reset_password(world.admin, number),
+    ):
+        with pytest.raises(NotFound):
+            call()
+
+
 # Other people's work
 
 

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def new_slots(count: int) -> Slots:
-    return Slots(CONFIG, count, torch.float32, CPU)
+    return Slots(CONFIG, count, 256, torch.float32, CPU)
 
 
 def compute(slots: Slots, slot: Slot, tokens: list[int]) -> None:

@@ -1,5 +1,6 @@
 """`groundup serve`: names of models, keys, and mistakes that end in one message."""
 
+import importlib.util
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,8 +104,8 @@ def test_mistakes_are_one_message_and_status_2(
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    find = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
     result = CliRunner().invoke(cli.app, ["serve", "model"])
     output = result.output + capsys.readouterr().err
     assert result.exit_code == 2

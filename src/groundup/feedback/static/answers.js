@@ -11,9 +11,9 @@ async function* lines(path) {
   try {
     answer = await fetch(url(path), { method: "POST", headers: { "x-csrf-token": csrfToken() } });
   } catch {
-    throw new Refused("The server cannot be reached. Nothing is lost; ask again.", 0, "offline");
+    throw new Refused("The server cannot be reached. Nothing is lost; ask again.", 0);
   }
-  if (!answer.ok) throw await refusal(answer.status, await answer.json().catch(() => ({})));
+  if (!answer.ok) throw await refusal(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
@@ -26,9 +26,9 @@ async function* lines(path) {
     }
   } catch (error) {
     if (error instanceof SyntaxError) throw error;
-    throw new Refused("The connection was lost. The models go on; ask again to see what they say.", 0, "offline");
+    throw new Refused("The connection was lost. The models go on; ask again to see what they say.", 0);
   }
-  throw new Refused("The server stopped in the middle. Nothing is lost; ask again.", 0, "offline");
+  throw new Refused("The server stopped in the middle. Nothing is lost; ask again.", 0);
 }
 
 const card = (position) => $(`[data-position="${position}"]`, $("#answers"));

@@ -26,49 +26,48 @@ export function trouble(text) {
 // ---- Sending --------------------------------------------------------------------------------------------------------
 
 export class Refused extends Error {
-  constructor(message, status, kind) {
+  /** `status`: the server's; 0: it said nothing that could be read. */
+  constructor(message, status) {
     super(message);
     this.status = status;
-    this.kind = kind;
   }
 }
 
-const OFFLINE = "The server cannot be reached. What you wrote is kept on this device; it is sent when the server is back.";
+const OFFLINE = "The server cannot be reached. What you wrote is kept on this device; try again when it is back.";
 
 export const csrfToken = () => $('meta[name="csrf-token"]').content;
 
 /** A request with the token against forged ones; the answer's JSON. Throws `Refused` with a sentence for the reader. */
-export async function send(method, url, data, options = {}) {
+export async function send(method, url, data) {
   let answer;
   try {
     answer = await fetch(url, {
       method,
       headers: { "content-type": "application/json", "x-csrf-token": csrfToken() },
-      body: data === undefined ? undefined : JSON.stringify(data),
-      ...options,
+      body: JSON.stringify(data),
     });
   } catch {
-    throw new Refused(OFFLINE, 0, "offline");
+    throw new Refused(OFFLINE, 0);
   }
   return read(answer);
 }
 
 async function read(answer) {
-  let body = {};
+  if (!answer.ok) throw await refusal(answer);
   try {
-    body = await answer.json();
+    return await answer.json();
   } catch {
-    if (answer.ok) throw new Refused("The server's answer cannot be read. Nothing you wrote is lost; try again.", 0, "broken");
+    throw new Refused("The server's answer cannot be read. Nothing you wrote is lost; try again.", 0);
   }
-  if (answer.ok) return body;
-  throw await refusal(answer.status, body);
 }
 
-export async function refusal(status, body) {
+/** What an answer that is no success says to the reader. */
+export async function refusal(answer) {
+  const status = answer.status, body = await answer.json().catch(() => ({}));
   if (status === 401)
-    return new Refused("You are signed out. What you wrote is kept; sign in again in another tab, then send again.", 401, "signed out");
-  const message = typeof body.message === "string" ? body.message : "Something went wrong on the server. What you wrote is kept; try again.";
-  return new Refused(message, status, body.kind ?? "error");
+    return new Refused("You are signed out. What you wrote is kept; sign in again in another tab, then load this page again.", 401);
+  const told = body.message ?? (status < 500 ? body.error?.message : undefined);
+  return new Refused(told ?? "Something went wrong on the server. What you wrote is kept; try again.", status);
 }
 
 /** Run an action of a button once at a time; trouble is told, the button comes back. */

@@ -9,8 +9,8 @@ const WORDS = new Set((
   "long loop match mod module mut namespace new nil None nonlocal not null nullptr of or package pass private protected pub public raise ref return self short " +
   "static string struct super switch template then this throw trait true True try type typedef typeof union unsafe unsigned use using var virtual void where while with yield " +
   "SELECT FROM WHERE INSERT INTO UPDATE DELETE CREATE TABLE JOIN LEFT RIGHT INNER OUTER ON GROUP BY ORDER LIMIT VALUES SET AND OR NOT NULL AS DISTINCT HAVING").split(" "));
-const REST = String.raw`|("""[^]*?"""|'''[^]*?'''|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|` + "`(?:\\\\.|[^`\\\\])*`" + String.raw`)|\b(\d[\w.]*)|\b([A-Za-z_]\w*)\b`;
-const MOST_CHARACTERS = 20_000;
+const REST = String.raw`|("""[^]*?"""|'''[^]*?'''|"(?:\\.|[^"\\\n])*(?:"|$)|'(?:\\.|[^'\\\n])*'|` + "`(?:\\\\.|[^`\\\\])*`" + String.raw`)|\b(\d[\w.]*)|\b([A-Za-z_]\w*)\b`;
+const MOST_CHARACTERS = 10_000;
 
 function pattern(language) {
   const comment = HASH.has(language) ? "#.*" : DASHES.has(language) ? "--.*" : String.raw`\/\/.*|\/\*[^]*?\*\/`;

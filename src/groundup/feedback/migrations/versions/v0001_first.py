@@ -10,8 +10,11 @@ down_revision = None
 def upgrade() -> None:
     """Forwards only: a database goes back by its backup."""
     _people()
+    _sessions()
     _projects()
+    _items()
     _work()
+    _submissions()
 
 
 def _people() -> None:
@@ -45,6 +48,9 @@ def _people() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_invitations"),
         sa.UniqueConstraint("token_sha256", name="uq_invitations_token_sha256"),
     )
+
+
+def _sessions() -> None:
     op.create_table(
         "login_sessions",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -119,6 +125,9 @@ def _projects() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_project_endpoints"),
         sa.UniqueConstraint("project_id", "endpoint_id", name="uq_project_endpoints_project_id_endpoint_id"),
     )
+
+
+def _items() -> None:
     op.create_table(
         "batches",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -190,6 +199,9 @@ def _work() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_turns"),
         sa.UniqueConstraint("assignment_id", "number", name="uq_turns_assignment_id_number"),
     )
+
+
+def _submissions() -> None:
     op.create_table(
         "submissions",
         sa.Column("id", sa.Integer(), nullable=False),
