@@ -19,6 +19,8 @@ DOCS = [
     "docs/architecture.md",
     "docs/paper_index.md",
     "docs/alignment.md",
+    "docs/annotate.md",
+    "docs/serve.md",
     "docs/rlhf_checklist.md",
     "docs/log.md",
     "docs/benchmarks.md",

@@ -65,7 +65,7 @@ def test_names_landmarks_and_focus(world: Annotation, browser: Browser) -> None:
             assert outline, f"focus is not to be seen: {here}"
         else:
             raise AssertionError(f"the focus goes round: {seen[-3:]}")
-        assert len(seen) > 4
+        assert len(seen) >= 4
 
     shown_everywhere(world, browser, check)
 
@@ -94,7 +94,7 @@ def test_colours_and_shortcuts_are_the_persons_choice(world: Annotation, browser
         assert page.evaluate(background) == dark, "kept by the server from the first byte on"
         press(page, "?")
         expect(page.locator("#help")).to_contain_text("Response A is significantly better")
-        expect(page.locator("#help")).to_contain_text("Take back" if page.locator("[data-key=z]").count() else "Skip")
+        expect(page.locator("#help")).to_contain_text("Leave this one to somebody else")
         page.get_by_label("Single-letter shortcuts").uncheck()
         press(page, "Escape", "1")
         assert page.locator("input:checked").evaluate_all("all => all.filter(one => one.type === 'radio').length") == 0

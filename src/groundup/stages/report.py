@@ -14,7 +14,7 @@ from groundup.model.checkpoint import load_checkpoint
 from groundup.report.page import SampleChat, write_page
 from groundup.stages.job import Job
 
-VERSION = 2
+VERSION = 3
 PAGE = "index.html"
 
 

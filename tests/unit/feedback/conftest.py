@@ -61,7 +61,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
     database.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def world(database: Database) -> World:
     """With an administrator in it."""
     return World(database)
