@@ -1,10 +1,21 @@
-"""Fixtures of the applications' tests."""
+"""Fixtures of the applications' tests, and which of them take minutes."""
 
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser
 from tests.apps.browser import start_chromium
+
+SLOW_FILES = ("test_annotate_", "test_chat_page", "test_feedback_promises", "test_serve_load")
+"""Browsers, hundreds of clients, databases under load: together they take minutes and belong to `make test-slow`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Why first: what is slow must be known before pytest leaves it out."""
+    for item in items:
+        if item.path.parent.name == "apps" and item.path.name.startswith(SLOW_FILES):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

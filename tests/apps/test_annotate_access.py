@@ -344,3 +344,20 @@ def test_refusals_tell_pages_and_scripts_apart(world: Annotation) -> None:
         assert "xxx" not in answer.text
     with world.services.database.read() as session:
         assert session.get(Item, 1) is not None
+
+
+def test_mistakes_of_ours_show_nothing_of_the_inside(world: Annotation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(user_id: int) -> None:
+        raise RuntimeError("secret of the inside")
+
+    with world.client("ann") as client:
+        monkeypatch.setattr(world.services.work, "offers", broken)
+        page, script = client.get("/", headers={"accept": "text/html"}), client.get("/")
+        monkeypatch.undo()
+        for answer in (page, script):
+            assert answer.status_code == 500
+            assert "secret" not in answer.text
+            assert "Traceback" not in answer.text
+            assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert "Your drafts are kept" in page.text
+        assert client.get("/").status_code == 200

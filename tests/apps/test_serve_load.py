@@ -227,6 +227,7 @@ def program(folder: Path, log: Path) -> Iterator[tuple["subprocess.Popen[str]", 
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
 
 
 def test_the_program_ends_well(folder: Path, tmp_path: Path) -> None:

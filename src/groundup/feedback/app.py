@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundup.base.errors import UserError
 from groundup.base.progress import say
@@ -72,6 +72,7 @@ def create_app(settings: AnnotateConfig, clock: Clock = utc_now, handover: Seque
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(ErrorPage)
     app.add_middleware(
         Guard,
         hosts=[*local_hosts(settings.host), *settings.hosts],
@@ -103,6 +104,29 @@ def _reachable(url: str) -> str:
     if not ip_address(parts.hostname or "127.0.0.1").is_unspecified:
         return url
     return urlunsplit(parts._replace(netloc=f"127.0.0.1:{parts.port}"))
+
+
+class ErrorPage:
+    """A mistake of ours as a page, where a browser was on its way to one; Guard logs it, and answers scripts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+
+        async def noted(event: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(event)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception:
+            if scope["type"] == "http" and not is_started and wants_page(request := Request(scope)):
+                words = "Something went wrong on the server. Your drafts are kept; try again in a moment."
+                await render(request, "error.html", 500, status=500, message=words)(scope, receive, send)
+            raise
 
 
 class Static(StaticFiles):

@@ -199,4 +199,5 @@ theme.addEventListener("click", () => {
   say(`Colours: ${THEMES[next]}`);
 });
 
-document.documentElement.dataset.ready = "yes";
+// The page's own script has run by then too.
+addEventListener("DOMContentLoaded", () => { document.documentElement.dataset.ready = "yes"; });
