@@ -117,7 +117,7 @@ def begin(page: Page, annotation: Annotation, project: Project) -> None:
 
 def ready(page: Page) -> None:
     """Wait until the page's own script has run."""
-    page.wait_for_selector("html[data-ready]")
+    expect(page.locator("html"), page.url).to_have_attribute("data-ready", "yes")
 
 
 def asked(text: str) -> NewItem:

@@ -165,7 +165,7 @@ def test_what_models_stream_runs_nothing(world: Annotation, browser: Browser, co
             page.fill("#prompt", "\n".join(texts))
             press(page, "Control+Enter")
             choose(page)
-            assert page.locator(".answer > *").count() > A_PAGE
+            assert all(len(text) > 200 for text in page.locator(".answer").all_inner_texts())
             press(page, "1", "Enter")
             page.wait_for_selector("#prompt")
             ready(page)
