@@ -15,6 +15,11 @@ from groundup.base.errors import UserError
 _CHUNK_BYTES = 1 << 20
 
 
+def cache_folder() -> Path:
+    """Where what can be had again is kept: $GROUNDUP_CACHE, else ~/.cache/groundup."""
+    return Path(os.environ.get("GROUNDUP_CACHE") or Path.home() / ".cache" / "groundup")
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()

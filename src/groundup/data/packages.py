@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 
 from groundup.base.config import Config
 from groundup.base.errors import CorruptFile, UserError
-from groundup.base.files import fsync_path, sha256_file
+from groundup.base.files import cache_folder, fsync_path, sha256_file
 from groundup.base.progress import say
 
 _STAND_IN = '''\
@@ -49,21 +49,21 @@ class Package(Config):
     """Module that a source archive names as its build backend."""
 
 
-def cache_folder() -> Path:
-    """Where archives are kept: $GROUNDUP_CACHE/packages, else ~/.cache/groundup/packages."""
-    return Path(os.environ.get("GROUNDUP_CACHE") or Path.home() / ".cache" / "groundup") / "packages"
+def archive_folder() -> Path:
+    """Where archives are kept."""
+    return cache_folder() / "packages"
 
 
 def fetch(name: str, package: Package) -> Path:
     """The archive of `package` in the cache, downloaded if need be; its sha256 is compared on every call."""
-    cached = cache_folder() / package.archive
+    cached = archive_folder() / package.archive
     if cached.exists():
         if sha256_file(cached) == package.sha256:
             return cached
         say(f"{cached}: sha256 is not the pinned one; fetching it again")
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    archive_folder().mkdir(parents=True, exist_ok=True)
     say(f"fetching {package.archive} ({package.bytes / 1e6:.1f} MB) with {package.manager}")
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_folder()) as folder:
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=archive_folder()) as folder:
         run = _pip_download if package.manager == "pip" else _apt_download
         run(name, package, Path(folder))
         fetched = next((path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz", ".deb")), None)
@@ -140,7 +140,7 @@ def _run(command: list[str], name: str, package: Package, environment: dict[str,
 def _by_hand(package: Package) -> str:
     return (
         f"check the connection and {package.manager}'s configuration, or put {package.archive} "
-        f"(sha256 {package.sha256}) into {cache_folder()} by hand"
+        f"(sha256 {package.sha256}) into {archive_folder()} by hand"
     )
 
 

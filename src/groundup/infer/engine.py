@@ -23,6 +23,7 @@ from groundup.base.errors import UserError
 from groundup.base.generation import Completion, Delta, EngineStats, PromptScores, SamplingParams
 from groundup.base.seeds import derive_seed
 from groundup.infer.kernels.decode import decode_step
+from groundup.infer.kernels.native import step_kernels
 from groundup.infer.kernels.prefill import Segment, prefill
 from groundup.infer.quantize import Weights, prepare
 from groundup.infer.queue import FairQueue, share_out
@@ -103,11 +104,13 @@ class Engine:
         assert not self.num_active, "responses are being generated"
         self.prepared = prepare(model, self._weights)
         self.model = self.prepared.model
+        self._kernels = step_kernels(self.model.config, self.model.norm.weight.dtype, self.device)
         self._forget()
 
     def _forget(self) -> None:
-        # fp32 on CPUs: attention of single queries is no faster in bf16 there, and scores keep their precision.
-        dtype = torch.float32 if self.device.type == "cpu" else self.model.norm.weight.dtype
+        # Without kernels of our own fp32 on CPUs: torch's attention of single queries is no faster in bf16 there.
+        is_wide = self.device.type == "cpu" and self._kernels is None
+        dtype = torch.float32 if is_wide else self.model.norm.weight.dtype
         self.slots = Slots(self.model.config, self.max_slots, self.max_tokens, dtype, self.device)
 
     # ---- requests
@@ -272,11 +275,12 @@ class Engine:
     def _decode(self) -> list[Delta]:
         tokens = torch.tensor([response.token_ids[-1] for response in self._active], device=self.device)
         cache = self.slots.cache
-        cache.begin(0, [len(r.prompt) + len(r.token_ids) - 1 for r in self._active], 1)
+        starts = [len(r.prompt) + len(r.token_ids) - 1 for r in self._active]
         if self.device.type == "cpu":
-            hidden = decode_step(self.model, cache, tokens, self._frequencies)
+            hidden = decode_step(self.model, cache, tokens, starts, self._frequencies, self._kernels)
         else:
-            hidden = self.model(tokens[:, None], cache.positions, cache=cache)[:, 0]
+            positions = cache.begin(0, starts, 1)
+            hidden = self.model(tokens[:, None], positions, cache=cache)[:, 0]
         for response in self._active:
             assert response.slot is not None
             response.slot.tokens.append(response.token_ids[-1])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.base.errors import UserError
+from groundup.infer.kernels.native import load_kernels
 from groundup.model.transformer import Block, RMSNorm, Transformer
 from groundup.train.loop import choose_precision
 
@@ -72,11 +73,15 @@ class Int8Linear(nn.Module):
         self.scales = scales
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.middle = torch.tensor(128.5)
+        self.kernels = load_kernels(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12)  # (rows, 1)
-        codes = torch.add(self.middle, rows / largest, alpha=127).to(torch.uint8)  # truncation after + 0.5 rounds
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if self.kernels is not None:
+            codes, largest = self.kernels.quantize_rows(rows)
+        else:
+            largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12)  # (rows, 1)
+            codes = torch.add(self.middle, rows / largest, alpha=127).to(torch.uint8)  # truncation after + 0.5 rounds
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1 / 127, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from groundup.base.errors import UserError
-from groundup.base.files import sha256_json
+from groundup.base.files import cache_folder, sha256_json
 from groundup.base.generation import Delta, EngineStats, FinishReason, PromptScores, SamplingParams, TopLogps
 from groundup.base.seeds import derive_seed
-from groundup.data.packages import cache_folder
 from groundup.infer.sampling import check_params
 from groundup.infer.text import ResponseText
 from groundup.serve.backend import Cancelled, NotImplementedByEngine, Overloaded, Unavailable
@@ -241,4 +240,4 @@ def cached_path(source: Path, folder: str, suffix: str) -> Path:
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     stats = [(str(file.relative_to(source.parent)), file.stat()) for file in files if file.is_file()]
     key = sha256_json([str(source.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
-    return cache_folder().parent / folder / f"{source.name}-{key[:16]}{suffix}"
+    return cache_folder() / folder / f"{source.name}-{key[:16]}{suffix}"

@@ -18,7 +18,7 @@ from groundup.base.artifacts import Artifact
 from groundup.base.progress import console
 from groundup.data.curate import CurateConfig
 from groundup.data.dialogues import read_dialogues
-from groundup.data.packages import cache_folder
+from groundup.data.packages import archive_folder
 from groundup.data.readers import source_bytes
 from groundup.data.refusals import refused_sources
 from groundup.data.sources import REFUSALS, find_source, is_named, package_of
@@ -331,7 +331,7 @@ def _dialogue_bytes(source: str) -> int | None:
     if Path(source).exists() or not is_named(source):
         return source_bytes(source)
     entries = map(find_source, refused_sources(source) if source.startswith(REFUSALS) else [source])
-    if not all(entry is None or (cache_folder() / package_of(entry).archive).exists() for entry in entries):
+    if not all(entry is None or (archive_folder() / package_of(entry).archive).exists() for entry in entries):
         return None
     return sum(len(message.content) for dialogue in read_dialogues(source) for message in dialogue.messages)
 

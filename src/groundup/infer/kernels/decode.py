@@ -1,23 +1,52 @@
-"""One decoding step: the seam for a compiled one.
+"""One decoding step: a new token for each active sequence.
 
-The engine calls `decode_step` for every step after the prompts; a faster implementation takes its place here and is
-tested against this one. It runs the modules of the model, so that it computes what training computed.
+It runs the modules of the model, so that it computes what training computed; what lies between the matrix products is
+done by compiled kernels where there are some (`native.py`), else by torch, and each way is tested against the other.
 """
 
 import torch
 from torch import Tensor
 
+from groundup.infer.kernels.native import StepKernels
 from groundup.model.cache import SlotCache
 from groundup.model.transformer import Block, Transformer, rotate
 
 
-def decode_step(model: Transformer, cache: SlotCache, tokens: Tensor, frequencies: Tensor) -> Tensor:
-    """Hidden states of one new token for each slot that `cache.begin` named.
+def decode_step(
+    model: Transformer,
+    cache: SlotCache,
+    tokens: Tensor,
+    starts: list[int],
+    frequencies: Tensor,
+    kernels: StepKernels | None,
+) -> Tensor:
+    """Hidden states of one new token for each of slots 0, 1, ..., which stands at the position `starts` says.
 
     Shapes: tokens (B,) int64; frequencies (K/2,), what `rope_frequencies` gives -> (B, D).
-    Why: attention of one query is read-bound; on CPUs two batched products over the cache take half the time of
-    scaled_dot_product_attention, which calls a matrix product for every row and head.
     """
+    if kernels is None:
+        return _torch_step(model, cache, tokens, starts, frequencies)
+    cache.reserve(len(starts), max(starts) + 1)
+    positions = torch.tensor(starts)
+    angles = positions[:, None].float() * frequencies  # (B, K/2)
+    cos, sin = angles.cos(), angles.sin()
+    # The residual stream in float32, as in training under autocast.
+    x = model.embed(tokens).float()  # (B, D)
+    addend = None
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        qkv = block.attention.wqkv(kernels.add_rms_norm(x, addend, block.attention_norm))
+        mixed = kernels.attend(qkv, cos, sin, cache.keys[layer], cache.values[layer], positions)
+        addend = block.attention.wo(mixed)
+        both = block.ffn.w13(kernels.add_rms_norm(x, addend, block.ffn_norm))
+        addend = block.ffn.w2(kernels.silu_mul(both))
+    return kernels.add_rms_norm(x, addend, model.norm)
+
+
+def _torch_step(model: Transformer, cache: SlotCache, tokens: Tensor, starts: list[int], frequencies: Tensor) -> Tensor:
+    """Why: attention of one query is read-bound; on CPUs two batched products over the cache take half the time of
+    scaled_dot_product_attention, which calls a matrix product for every row and head."""
+    cache.begin(0, starts, 1)
     G = model.config.n_kv_heads
     B = len(tokens)
     x = model.embed(tokens)  # (B, D)
