@@ -65,7 +65,10 @@ class Learner:
         assert (models.value is None) == (config.advantage == "group"), "PPO has a value model, GRPO none"
         self.models, self.config, self.arithmetic, self.name = models, config, arithmetic, name
         optimizer_config = config.optimizer(max_tokens)
-        models.reference.requires_grad_(False)
+        if not has_adapters(models.reference):
+            # Nobody trains a reference's adapters either, but they ask for gradients as the policy's do: compiled code
+            # with and without them rounds differently, and the divergence is to begin at exactly 0.
+            models.reference.requires_grad_(False)
         for model in (models.policy, models.reference, models.value):
             if model is not None:
                 prepare_model(model, optimizer_config, arithmetic.ranks, arithmetic.precision, config.iterations)

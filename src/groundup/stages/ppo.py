@@ -120,16 +120,15 @@ def _open(config: PPOConfig, job: Job) -> _Opened:
         assert isinstance(found, ScalarModel)
         found.score.weight.data.zero_()
         value = found
-    return _Opened(checkpoint, PolicyModels(checkpoint.model, _reference(checkpoint, path, bases), value), scorer)
+    reference = _reference(checkpoint, path, job.seed, bases)
+    return _Opened(checkpoint, PolicyModels(checkpoint.model, reference, value), scorer)
 
 
-def _reference(checkpoint: Trainable, path: Path, bases: Bases) -> Transformer:
-    """The policy as it is now. A new adapter adds nothing yet, so that its reference is the base itself."""
+def _reference(checkpoint: Trainable, path: Path, seed: int, bases: Bases) -> Transformer:
+    """The policy as it is now; with adapters, on the same base."""
     if not has_adapters(checkpoint.model):
         return copy.deepcopy(checkpoint.model)
-    if (path / ADAPTER).exists():
-        return open_trainable(path, checkpoint.lora, 0, bases=bases).model
-    return bases[path.resolve()].model
+    return open_trainable(path, checkpoint.lora, seed, bases=bases).model
 
 
 def _open_reward(job: Job, role: str, config: PPOConfig, bases: Bases, policy: Trainable) -> ScalarModel | None:

@@ -188,8 +188,15 @@ def test_adapters_share_one_base_and_end_as_an_ordinary_model(made: Path, tmp_pa
     config = settings(lora=LORA.model_dump(), lr=1e-2, evaluate_every=None)
     opened = ppo._open(config, job)
     models = [opened.models.policy, opened.models.value, *opened.scorer.models.values()]
-    base = opened.models.reference
-    pointers = {name: parameter.data_ptr() for name, parameter in base.named_parameters()}
+    reference = opened.models.reference
+    pointers = {
+        name.replace(".base.", "."): parameter.data_ptr()
+        for name, parameter in reference.named_parameters()
+        if "lora_" not in name
+    }
+    policy = dict(opened.models.policy.named_parameters())
+    assert all(torch.equal(parameter, policy[name]) for name, parameter in reference.named_parameters())
+    assert all(p.data_ptr() != policy[name].data_ptr() for name, p in reference.named_parameters() if "lora_" in name)
     assert len(models) == 4
     for model in models:
         assert model is not None
