@@ -37,6 +37,7 @@ from groundup.align.reward import RewardScorer
 from groundup.align.rollouts import PromptSet, Rollouts, Sampler, rollout_weights
 from groundup.base.artifacts import LOGS
 from groundup.base.files import sha256_json
+from groundup.base.memory import keep_freed_memory
 from groundup.base.metrics import MetricsLog
 from groundup.base.progress import Progress, say
 from groundup.base.records import Prompt
@@ -141,6 +142,7 @@ class _Run:
     """What the iterations of one call of `train_ppo` share."""
 
     def __init__(self, setup: Setup, config: PolicyConfig, work: Path, seed: int, name: str) -> None:
+        keep_freed_memory()
         self.setup, self.config, self.work, self.seed, self.name = setup, config, work, seed, name
         self.models, self.scorer, self.prompts = setup.models, setup.scorer, setup.prompts
         self.held_out = setup.held_out if config.evaluate_every is not None else None

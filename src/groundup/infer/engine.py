@@ -21,6 +21,7 @@ from torch import Tensor
 
 from groundup.base.errors import UserError
 from groundup.base.generation import Completion, Delta, EngineStats, PromptScores, SamplingParams
+from groundup.base.memory import keep_freed_memory
 from groundup.base.seeds import derive_seed
 from groundup.infer.kernels.decode import decode_step
 from groundup.infer.kernels.native import step_kernels
@@ -76,6 +77,7 @@ class Engine:
             raise UserError(f"max_slots = {max_slots} must be at least 1")
         if prefill_chunk < 2:
             raise UserError(f"prefill_chunk = {prefill_chunk} must be at least 2")
+        keep_freed_memory()
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         self.max_tokens = max_tokens or model.config.max_positions

@@ -15,6 +15,7 @@ import torch
 
 from groundup.base.artifacts import LOGS
 from groundup.base.errors import UserError
+from groundup.base.memory import keep_freed_memory
 from groundup.base.metrics import MetricsLog
 from groundup.base.progress import Progress, say
 from groundup.data.batches import BatchSource
@@ -98,6 +99,7 @@ def fit(
 
     Raises: `UserError` for a batch without targets, too many bad steps in a row, a full disk.
     """
+    keep_freed_memory()
     run = _Run(model, batches, loss_fn, config, work, seed, name)
     with run.log_and_progress():
         for step in range(run.done.step, run.total_steps):
