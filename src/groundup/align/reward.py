@@ -3,7 +3,7 @@
 Shape letters: B responses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groundup.base.errors import UserError
 from groundup.base.records import Dialogue, Message
-from groundup.infer.scoring import score_responses
+from groundup.infer.scoring import score_responses, score_samples
 from groundup.model.scalar import ScalarCheckpoint, ScalarModel, load_scalar
 from groundup.text.chat import ChatFormat
 from groundup.text.tokenizer import Tokenizer, same_tokenizer
@@ -53,37 +53,50 @@ class RewardScorer:
         Why: `responses` are the ids that were sampled, EOS included. Decoding and encoding them again could give other
         ids, and the reward of one response would be paid for another.
 
+        A prompt of many responses is computed once for all of them.
+
         Raises: UserError for a row longer than a model's context, and for scores that are not finite.
         """
         assert all(len(response) > 0 for response in responses), "a response without tokens has no score"
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        return self.score_rows(rows, is_safety_prompt)
+        assert len(prompts) == len(responses), "one prompt for each response"
+        distinct: dict[tuple[int, ...], int] = {}
+        places = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
+        if len(prompts) < 2 * max(len(distinct), 1):  # little to share
+            return self.score_rows([[*prompt, *each] for prompt, each in zip(prompts, responses)], is_safety_prompt)
+        longest = max(len(prompt) + len(each) for prompt, each in zip(prompts, responses))
+        shared = list(distinct)
+        return self._rewards(lambda model: score_samples(model, shared, places, responses), longest, is_safety_prompt)
 
     def score_rows(self, rows: Sequence[Sequence[int]], is_safety_prompt: Sequence[bool]) -> Rewards:
         """`score` of rows that hold a prompt and its response."""
         assert len(rows) == len(is_safety_prompt), "one flag for each row"
         longest = max(map(len, rows), default=0)
+        return self._rewards(lambda model: score_responses(model, rows), longest, is_safety_prompt)
+
+    def _rewards(
+        self, score: Callable[[ScalarModel], Tensor], longest: int, is_safety_prompt: Sequence[bool]
+    ) -> Rewards:
         if longest > self.max_tokens:
             raise UserError(
                 f"a prompt and its response have {longest} tokens, the reward model's context only {self.max_tokens}",
                 "lower max_new_tokens or leave out the longest prompts",
             )
-        scores = {name: self._scores(name, rows) for name in self.models}
+        scores = {name: _finite(name, score(model).float().cpu()) for name, model in self.models.items()}
         helpful, safety = scores["helpful"], scores.get("safety")
         if safety is None:
             return Rewards(helpful, None, helpful)
         flags = torch.tensor(list(is_safety_prompt), dtype=torch.bool)
         return Rewards(helpful, safety, gate_rewards(helpful, safety, flags, self.threshold))
 
-    def _scores(self, name: str, rows: Sequence[Sequence[int]]) -> Tensor:
-        scores = score_responses(self.models[name], rows).float().cpu()
-        if not bool(scores.isfinite().all()):
-            bad = int((~scores.isfinite()).sum())
-            raise UserError(
-                f"the {name} reward model gives {bad} of {len(rows)} responses a score that is not finite",
-                "its training failed; look at its loss and train it again with a lower lr",
-            )
-        return scores
+
+def _finite(name: str, scores: Tensor) -> Tensor:
+    if not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite()).sum())
+        raise UserError(
+            f"the {name} reward model gives {bad} of {len(scores)} responses a score that is not finite",
+            "its training failed; look at its loss and train it again with a lower lr",
+        )
+    return scores
 
 
 def load_scorer(

@@ -58,6 +58,32 @@ def score_responses(model: ScalarModel, rows: Sequence[Sequence[int]]) -> Tensor
 
 
 @torch.inference_mode()
+def score_samples(
+    model: ScalarModel, prompts: Sequence[Sequence[int]], places: Sequence[int], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """`score_responses` of prompts[places[i]] + responses[i]; a prompt of several responses is computed once.
+
+    Shapes: n responses -> (n,) float32, on the CPU.
+    """
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    scores = torch.empty(len(responses))
+    all_prompts = SlotCache(model.config, len(prompts), dtype, device)
+    frequencies = rope_frequencies(model.config).to(device)
+    for group in _groups_by_length(prompts, device):
+        prefill(model, all_prompts, [Segment(slot, 0, prompts[slot]) for slot in group], frequencies)
+    for group in _groups_by_length(responses, device):
+        slots = [places[index] for index in group]
+        starts = [len(prompts[slot]) for slot in slots]
+        tokens = pad_sequence([torch.tensor(responses[index]) for index in group], batch_first=True)  # (B, T)
+        T = tokens.shape[1]
+        cache = all_prompts.select(slots, max(starts) + T)
+        ends = torch.tensor([row * T + len(responses[index]) - 1 for row, index in enumerate(group)], device=device)
+        hidden = model(tokens.to(device), cache.begin(0, starts, T), cache=cache, rows=ends)
+        scores[group] = model.scores(hidden).cpu()
+    return scores
+
+
+@torch.inference_mode()
 def score_prompt(
     prepared: Prepared, prompt: Sequence[int], top: int, chunk_tokens: int
 ) -> Iterator[PromptScores | None]:

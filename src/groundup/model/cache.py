@@ -7,6 +7,7 @@ lengths differ much, but each step would have to gather them. The engine keeps i
 so that a step reads one view; a prefix is reused by copying it to another slot.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -125,6 +126,16 @@ class SlotCache:
         self.reserve(target + 1, length)
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
+
+    def select(self, slots: Sequence[int], positions: int) -> "SlotCache":
+        """A new cache whose slots begin as these (one may come more than once), with room for so many positions."""
+        new = copy.copy(self)
+        new.max_slots = len(slots)
+        rows, used = torch.tensor(slots, device=self.keys[0].device), min(self.capacity[1], positions)
+        for name in ("keys", "values"):
+            setattr(new, name, [tensor[:, :, :used].index_select(0, rows) for tensor in getattr(self, name)])
+        new.reserve(len(slots), positions)
+        return new
 
     def swap(self, first: int, second: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""

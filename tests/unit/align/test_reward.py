@@ -9,6 +9,7 @@ import torch
 from groundup.align import reward
 from groundup.align.reward import RewardScorer, check_same_tokens, load_scorer
 from groundup.base.errors import UserError
+from groundup.infer.scoring import score_samples
 from groundup.model.config import ModelConfig
 from groundup.model.scalar import ScalarCheckpoint, ScalarModel, save_scalar, scalar_from
 from groundup.model.transformer import Transformer
@@ -88,6 +89,28 @@ def test_the_sampled_ids_are_the_scored_ids(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reward, "score_responses", spy)
     RewardScorer(scalar(1), scalar(2)).score([[1, 3, 3]], [[3, 299, 3, 2]], [False])
     assert seen == [[[1, 3, 3, 3, 299, 3, 2]]] * 2
+
+
+def test_a_prompt_of_many_responses_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores stay those of whole rows, in the order of the responses, whichever prompts stand between."""
+    generator = torch.Generator().manual_seed(3)
+    few = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (9, 1, 4)]
+    prompts = [few[n * 7 % 3] for n in range(20)]
+    responses = [torch.randint(3, 400, (n % 6 + 1,), generator=generator).tolist() for n in range(20)]
+    flags = [n % 2 == 0 for n in range(20)]
+    scorer = RewardScorer(scalar(1), scalar(2))
+    expected = scorer.score_rows([prompt + response for prompt, response in zip(prompts, responses)], flags)
+    calls = []
+
+    def spy(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        return score_samples(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reward, "score_samples", spy)
+    rewards = scorer.score(prompts, responses, flags)
+    assert [len(call[1]) for call in calls] == [3, 3], "two models, three prompts"
+    for name in ("helpful", "safety", "gated"):
+        torch.testing.assert_close(getattr(rewards, name), getattr(expected, name), atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from groundup.base.errors import UserError
 from groundup.infer import scoring
-from groundup.infer.scoring import score_responses, score_tokens
+from groundup.infer.scoring import score_responses, score_samples, score_tokens
 from groundup.model.scalar import ScalarModel, scalar_from
 from groundup.model.transformer import Transformer
 
@@ -78,6 +78,21 @@ def test_a_response_scores_the_same_packed_in_a_training_row(reward_model: Scala
     assert hidden.requires_grad
     packed = reward_model.scores(hidden)[0, lengths.cumsum(0) - 1].detach()
     torch.testing.assert_close(packed, score_responses(reward_model, rows), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [scoring.CPU_BATCH_TOKENS, 60])
+def test_samples_of_shared_prompts_score_like_whole_rows(
+    reward_model: ScalarModel, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, 260, (n,), generator=generator).tolist() for n in (33, 1, 12)]
+    places = [2, 0, 0, 1, 2, 0, 1]
+    responses = [torch.randint(0, 260, (n,), generator=generator).tolist() for n in (1, 40, 7, 13, 1, 40, 2)]
+    monkeypatch.setattr(scoring, "CPU_BATCH_TOKENS", limit)
+    scores = score_samples(reward_model, prompts, places, responses)
+    expected = torch.tensor([alone(reward_model, prompts[p] + row) for p, row in zip(places, responses)])
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_weights_give_float32_scores(reward_model: ScalarModel) -> None:

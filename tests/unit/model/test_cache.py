@@ -94,3 +94,23 @@ def test_memory_is_what_the_estimate_says() -> None:
     # 7B, one position in fp16: 524,288 bytes.
     seven = ModelConfig(32_000, 4096, 32, 32, 32, 128, 11_008)
     assert cache_bytes(seven, 1, BLOCK_POSITIONS, torch.float16) == BLOCK_POSITIONS * 524_288
+
+
+def test_a_selection_of_slots_goes_on_by_itself() -> None:
+    """Two continuations of one prefix and one of another, the old cache untouched."""
+    model = tiny_model(2)
+    tokens = torch.randint(0, 96, (3, T), generator=torch.Generator().manual_seed(5))
+    tokens[1, :7] = tokens[0, :7]
+    with torch.inference_mode():
+        expected = model(tokens)
+    cache = new_cache(model)
+    run(model, cache, 0, [0], tokens[2:, :3])
+    run(model, cache, 1, [0], tokens[:1, :7])
+    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    chosen = cache.select([1, 1, 0], T)
+    ends = [7, 7, 3]
+    rest = torch.stack([row[end : end + 30] for row, end in zip(tokens, ends)])
+    out = run(model, chosen, 0, ends, rest)
+    for row, end in enumerate(ends):
+        torch.testing.assert_close(out[row], expected[row, end : end + 30], atol=2e-6, rtol=0)
+    assert all(map(torch.equal, before, (*cache.keys, *cache.values)))
