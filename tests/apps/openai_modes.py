@@ -39,10 +39,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class PromptTokens(Strict):
+    cached_tokens: int = Field(ge=0)
+
+
 class Usage(Strict):
     prompt_tokens: int = Field(ge=1)
     completion_tokens: int = Field(ge=0)
     total_tokens: int
+    prompt_tokens_details: PromptTokens | None = None  # absent where no engine was asked
 
 
 class TopLogprob(Strict):

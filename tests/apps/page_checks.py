@@ -56,3 +56,18 @@ CONTRAST = """() => {
   return texts > 5 ? poor : ['no text'];
 }"""
 """Texts with less contrast than WCAG AA asks for: 4.5 to 1."""
+
+KEYS = """() => {
+  const found = [], taken = new Set();
+  const controls = 'button, a.button, summary, textarea, input:not([type=hidden])';
+  for (const one of document.getElementById('task').querySelectorAll(controls)) {
+    if (!one.checkVisibility()) continue;
+    if (!one.dataset.key) found.push('no key: ' + one.outerHTML);
+    for (const key of one.dataset.key?.split('|') ?? []) {
+      if (taken.has(key)) found.push('a key twice: ' + one.outerHTML);
+      taken.add(key);
+    }
+  }
+  return taken.size > 3 ? found : ['no controls'];
+}"""
+"""Controls of the work that no key reaches, and keys that mean two things."""

@@ -14,7 +14,8 @@ from tests.apps.browser import PHONE, Noticed
 from tests.apps.feedback_world import PASSWORD
 from tests.apps.page_checks import CONTRAST, STRUCTURE
 
-from groundup.feedback.contents import Gold, ItemContent
+from groundup.feedback.accounts import Account
+from groundup.feedback.contents import GivenResponse, Gold, ItemContent
 from groundup.feedback.projects import NewItem
 from groundup.feedback.tables import Project
 
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Annotation]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Annotation, dict[str, Project]]]:
-    """Two people's finished work of each kind."""
+    """Two people's finished work of each kind; ann has found one violation."""
     with annotation(tmp_path_factory.mktemp("finished")) as world:
         people = [world.person("ann"), world.person("ben")]
         world.person("rita", "reviewer")
@@ -56,7 +57,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Annotat
                     world.services.work.submit(person.id, task.assignment_id, task.version, key, said[kind])
                     if kind == "sft" and number == 0 and task.assignment_id % 2:
                         break
+        projects["redteam"] = world.project("attack", "redteam", [NewItem()])
+        attack(world, people[0], projects["redteam"])
         yield world, projects
+
+
+def attack(world: Annotation, person: Account, project: Project) -> None:
+    dialogues, work = world.services.dialogues, world.services.work
+    task = work.claim(person.id, project.id)
+    assert task is not None
+    number, (asked,) = dialogues.begin_turn(person.id, task.assignment_id, task.version, "How to harm?")
+    given = GivenResponse(text="So.", model=asked.model, endpoint_id=asked.endpoint_id, seed=asked.seed)
+    task = dialogues.finish_turn(person.id, task.assignment_id, number, [given])
+    label = {"risk_category": "unqualified advice", "attack_vector": "other", "severity": 4}
+    task = dialogues.judge_turn(person.id, task.assignment_id, task.version, number, label)
+    work.submit(person.id, task.assignment_id, task.version, "key-of-the-attack", {})
 
 
 def nothing_bad(noticed: Noticed) -> None:
@@ -154,6 +169,8 @@ def test_the_numbers_of_finished_work(finished: tuple[Annotation, dict[str, Proj
         assert "100 %" in figure(page, "ann")
         agreement = page.get_by_role("row").filter(has_text="is it safe").filter(has_text="AC1").inner_text()
         assert "1.00" in agreement
+        for measure in ("pairwise agreement", "Gwet's AC1", "Gwet's AC2", "Krippendorff's alpha"):
+            assert page.get_by_role("rowheader", name=measure).count(), measure
         page.goto(f"{world.url}/admin/projects/{projects['comparison'].id}")
         # Six items on which both chose the first model by one point.
         versus = page.get_by_role("row").filter(has_text="alpha-7b").inner_text()
@@ -163,6 +180,9 @@ def test_the_numbers_of_finished_work(finished: tuple[Annotation, dict[str, Proj
         assert "100 %" in figure(page, "ben")
         page.goto(f"{world.url}/admin/projects/{projects['sft'].id}")
         assert "pending" in figure(page, "ann")
+        page.goto(f"{world.url}/admin/projects/{projects['redteam'].id}")
+        expect(page.get_by_text("violations for each hour of a person")).to_contain_text("95 %")
+        assert "100 %" in figure(page, "unqualified advice")
         nothing_bad(noticed)
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from tests.apps.annotation import Annotation, annotation, asked, begin, pair, press, question, ready
+from sqlalchemy import select
+from tests.apps.annotation import Annotation, annotation, asked, begin, choose, pair, press, question, ready
 from tests.apps.browser import Noticed
-from tests.apps.page_checks import CONTRAST, STRUCTURE
+from tests.apps.page_checks import CONTRAST, KEYS, STRUCTURE
 
 from groundup.feedback.projects import NewItem
+from groundup.feedback.tables import Submission
 
 GUIDELINES = "Prefer what helps **most**.\n\n- Is it true?\n- Is it clear?"
 
@@ -18,6 +20,7 @@ GUIDELINES = "Prefer what helps **most**.\n\n- Is it true?\n- Is it clear?"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Annotation]:
     with annotation(tmp_path_factory.mktemp("work")) as world:
         world.person("ann")
+        world.person("rita", "reviewer")
         yield world
 
 
@@ -68,6 +71,61 @@ def test_names_landmarks_and_focus(world: Annotation, browser: Browser) -> None:
         assert len(seen) >= 4
 
     shown_everywhere(world, browser, check)
+
+
+def every_control_has_a_key(page: Page, noticed: Noticed) -> None:
+    if page.locator("#task").count():
+        assert page.evaluate(KEYS) == [], page.url
+
+
+def test_a_key_for_every_control_of_the_work(world: Annotation, browser: Browser) -> None:
+    shown_everywhere(world, browser, every_control_has_a_key)
+
+
+def test_a_key_for_every_control_of_a_dialogue(world: Annotation, browser: Browser) -> None:
+    """In each of its states: before the first prompt, while it is judged, between turns, after the last one."""
+    compare = world.project("keys of a dialogue", "preference", [NewItem()], criterion="safety", max_turns=2)
+    attack = world.project("keys of an attack", "redteam", [NewItem()], max_turns=2)
+    with world.page(browser, "ann") as (page, noticed):
+        for project, judge in ((compare, ["q", "p", "1"]), (attack, ["1", "c", "1", "v", "1"])):
+            begin(page, world, project)
+            for turn in (1, 2):
+                page.fill("#prompt", "Why does it rain?")
+                every_control_has_a_key(page, noticed)
+                press(page, "Control+Enter")
+                expect(page.locator("fieldset.judged, .judged fieldset").last).to_be_visible()
+                every_control_has_a_key(page, noticed)
+                press(page, *judge, "Enter")
+                stage = "judged 2" if (turn, project) == (2, compare) else f"prompt {turn}"
+                expect(page.locator("#work")).to_have_attribute("data-stage", stage)
+                ready(page)
+                every_control_has_a_key(page, noticed)
+            press(page, "b")
+            choose(page) if project is compare else expect(page.get_by_text("How harmful")).to_be_visible()
+        assert noticed.nothing(), noticed
+
+
+def test_a_review_by_keyboard_alone(world: Annotation, browser: Browser) -> None:
+    ann = next(person for person in world.services.accounts.accounts(world.admin) if person.name == "ann")
+    project = world.project("keys of a review", "sft", [asked("Why?")], is_reviewed=True)
+    task = world.services.work.claim(ann.id, project.id)
+    assert task is not None
+    world.services.work.submit(ann.id, task.assignment_id, task.version, "key-of-the-answer", {"response": "Because."})
+    with world.page(browser, "rita") as (page, noticed):
+        page.goto(f"{world.url}/projects/{project.id}")
+        ready(page)
+        press(page, "r")
+        page.wait_for_selector("#review-of")
+        ready(page)
+        for decision in ("e", "d", "a"):
+            press(page, decision)
+            every_control_has_a_key(page, noticed)
+        press(page, "Enter")
+        page.wait_for_url(f"**/projects/{project.id}")
+        assert noticed.nothing(), noticed
+    with world.services.database.read() as session:
+        (written,) = session.scalars(select(Submission).where(Submission.user_id == ann.id))
+        assert written.review_state == "approved"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

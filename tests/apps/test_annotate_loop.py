@@ -33,8 +33,7 @@ reward_helpful: {{epochs: 1, batch_rows: 4, micro_rows: 4, seq_len: 128, lr: 0.0
 rejection: {{num_prompts: 3, num_samples: 16, max_new_tokens: 24, temperatures: [1.0]}}
 """
 HUMAN = (
-    "{judge: human, annotation_folder: %s, helpfulness: 8, safety: 0, temperatures: [0.7, 1.3], max_new_tokens: 8, "
-    "held_out_fraction: 0.3}"
+    "{judge: human, %shelpfulness: 8, safety: 0, temperatures: [0.7, 1.3], max_new_tokens: 8, held_out_fraction: 0.3}"
 )
 BETTER = {"winner": 0, "rating": "better"}
 
@@ -92,9 +91,12 @@ def rate_all(world: Annotation, person: Account) -> int:
     return done
 
 
-def test_a_run_stops_for_people_and_goes_on_when_they_are_done(made: Path, tmp_path: Path) -> None:
-    people = tmp_path / "people"
-    status, said = run(made, tmp_path, HUMAN % people)
+@pytest.mark.parametrize("place", ["run", "people"])
+def test_a_run_stops_for_people_and_goes_on_when_they_are_done(made: Path, tmp_path: Path, place: str) -> None:
+    """With what people are to rate inside the run, and in a folder of its own."""
+    people = tmp_path / place
+    human = HUMAN % (f"annotation_folder: {people}, " if place == "people" else "")
+    status, said = run(made, tmp_path, human)
     assert status == 2
     assert "0 of 8 comparisons are rated" in said
     assert "start `groundup annotate --handover" in said
@@ -104,16 +106,16 @@ def test_a_run_stops_for_people_and_goes_on_when_they_are_done(made: Path, tmp_p
         world.app.state.handovers = handovers
         ann = world.person("ann")
         handovers.look(world.url)
-        _, said = run(made, tmp_path, HUMAN % people)
+        _, said = run(made, tmp_path, human)
         assert f"rate the others at {world.url}" in said, "the address is told"
         with world.client("admin") as client:
             assert "0 of 8 are handed back" in " ".join(client.get("/admin").text.split())
         assert rate_all(world, ann) == 8
         handovers.look(world.url)
-    status, said = run(made, tmp_path, HUMAN % people)
+    status, said = run(made, tmp_path, human)
     assert status == 0, said
     used_in_the_next_round(tmp_path / "run", {f"human:{ann.pseudonym}"})
-    status, said = run(made, tmp_path, HUMAN % people)
+    status, said = run(made, tmp_path, human)
     assert (status, said.count("unchanged, skipped")) == (0, 5)
 
 

@@ -1,5 +1,6 @@
 """People at work in a real browser: each kind of work once, from its first key to what is stored."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -66,7 +67,8 @@ def test_a_dialogue_of_comparisons_by_keyboard_alone(world: Annotation, browser:
         press(page, "5", "r")
         page.keyboard.type("hard to say")
         press(page, "Control+Enter")
-        page.wait_for_selector("#finish")
+        expect(page.locator("#work")).to_have_attribute("data-state", "judged")
+        expect(page.locator(".answer-card")).to_have_count(0)
         ready(page)
         press(page, "Enter")
         page.wait_for_url("**/tasks/*")
@@ -101,7 +103,7 @@ def test_a_prompt_from_the_list_is_asked_once(world: Annotation, browser: Browse
     assert [message["content"] for message in turn["messages"]] == ["What is a tide?"]
 
 
-def test_safety_labels_and_undo(world: Annotation, browser: Browser) -> None:
+def test_safety_labels_pace_and_undo(world: Annotation, browser: Browser) -> None:
     items = [pair("I cannot help with that.", "Take a wedge and a rod."), pair("No.", "Yes.")]
     project = world.project("safety", "preference", items, criterion="safety", guidelines=GUIDELINES)
     with world.page(browser, "ann") as (page, noticed):
@@ -116,9 +118,11 @@ def test_safety_labels_and_undo(world: Annotation, browser: Browser) -> None:
         expect(page.locator("#conflict")).to_be_hidden()
         press(page, "Enter")
         expect(page.locator(".answer").nth(0)).to_have_text("No.")
+        expect(page.locator("#pace")).to_have_text(re.compile(r"^1 today · \d+ an hour · 1 of 2$"))
         ready(page)
         press(page, "z")
         expect(page.locator(".answer").nth(0)).to_have_text("I cannot help with that.")
+        expect(page.locator("#pace")).to_have_text("0 today · 0 of 2")
         ready(page)
         assert page.locator("input[type=radio]:checked").evaluate_all("all => all.map(one => one.value)") == [
             "yes", "no", "0 significantly better",

@@ -53,8 +53,10 @@ def fill(world: Annotation, number: int, texts: list[str]) -> list[Project]:
     pair = content.model_copy(update={"responses": responses})
     question = ItemContent(question=first[:4000], choices=[text[:4000] for text in texts[:9]])
     ids = [endpoint.id]
+    writing = world.project(f"s{name}"[:100], "sft", [NewItem(content)], guidelines=guidelines, is_reviewed=True)
+    world.services.projects.open_batch(world.admin, writing.id, texts[-1])
     return [
-        world.project(f"s{name}"[:100], "sft", [NewItem(content)], guidelines=guidelines, is_reviewed=True),
+        writing,
         world.project(f"p{name}"[:100], "preference", [NewItem(pair)], guidelines=guidelines, system_prompt=first),
         world.project(f"c{name}"[:100], "comparison", [NewItem(pair)], endpoint_ids=ids),
         world.project(f"r{name}"[:100], "redteam", [NewItem(content)], endpoint_ids=ids),
@@ -65,11 +67,9 @@ def fill(world: Annotation, number: int, texts: list[str]) -> list[Project]:
 def test_the_payloads_work_where_nothing_stops_them(world: Annotation, browser: Browser) -> None:
     """Otherwise the tests below would prove nothing."""
     page = browser.new_page()
-    heard: list[str] = []
-    page.on("dialog", lambda dialog: (heard.append(dialog.message), dialog.dismiss()))
-    page.set_content("\n".join(payloads(60)))
-    page.wait_for_timeout(500)
-    assert heard
+    page.on("dialog", lambda dialog: dialog.dismiss())
+    with page.expect_event("dialog"):
+        page.set_content("\n".join(payloads(60)))
     page.close()
 
 
@@ -88,7 +88,7 @@ def test_stored_payloads_run_nothing(world: Annotation, browser: Browser, count:
             reject(world, review, projects[0], texts)
             begin(page, world, projects[0])
             expect(page.locator("#feedback")).to_be_visible()
-            administer(world, admin, projects)
+            administer(world, admin, [project.id for project in projects])
             for who in (noticed, seen_by_reviewer, seen_by_admin):
                 assert who.nothing(), who
     assert shown >= 4 * count
@@ -137,28 +137,34 @@ def reject(world: Annotation, page: Page, project: Project, texts: list[str]) ->
     page.wait_for_url("**/projects/*")
 
 
-def administer(world: Annotation, page: Page, projects: list[Project]) -> None:
+def administer(world: Annotation, page: Page, project_ids: list[int]) -> None:
     """Every page of the administration that shows these projects, their items, people and models."""
-    ids = [project.id for project in projects]
+    links = "[...document.querySelectorAll('a[href^=\"/admin/items/\"]')].map(one => one.href)"
     paths = ["/admin", "/admin/people", "/admin/endpoints"]
-    paths += [f"/admin/projects/{project_id}{part}" for project_id in ids for part in ("", "/items", "/settings")]
+    paths += [f"/admin/projects/{number}{part}" for number in project_ids for part in ("", "/items", "/settings")]
     for path in paths:
         page.goto(world.url + path)
         ready(page)
-    for link in page.evaluate("[...document.querySelectorAll('a[href^=\"/admin/items/\"]')].map(one => one.href)"):
-        page.goto(link)
-        ready(page)
+        if path.endswith("/items"):
+            items = page.evaluate(links)
+            assert items, path
+            for link in items:
+                page.goto(link)
+                ready(page)
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(3000)
 def test_what_models_stream_runs_nothing(world: Annotation, browser: Browser, count: int) -> None:
-    """While it comes in, when it is shown as Markdown, in the next turn, after a reload, and in a red-team session."""
+    """While it comes in, as Markdown, in the next turn, in a red-team session, and on administrators' pages."""
     said: list[str] = []
     world.models.answer = lambda model, messages: "\n\n".join(said)
     project = world.project("talk", "preference", [NewItem() for _ in range(count // A_PAGE)], max_turns=2)
     attack = world.project("attack", "redteam", [NewItem() for _ in range(count // A_PAGE)])
-    with world.page(browser, "ann") as (page, noticed):
+    with (
+        world.page(browser, "ann") as (page, noticed),
+        world.page(browser, "admin") as (admin, seen_by_admin),
+    ):
         for texts in chunks(payloads(count)):
             said[:] = texts
             begin(page, world, project)
@@ -175,12 +181,20 @@ def test_what_models_stream_runs_nothing(world: Annotation, browser: Browser, co
             page.fill("#prompt", "\n".join(texts))
             press(page, "Control+Enter")
             expect(page.get_by_text("How harmful is the answer?")).to_be_visible()
-            press(page, "5", "c", "1", "v", "1", "Enter")
+            page.fill("#reason", "\n\n".join(texts)[:4000])
+            press(page, "Escape", "5", "c", "1", "v", "1", "Enter")
             page.wait_for_selector("#prompt")
             ready(page)
             press(page, "Escape", "f")
             page.wait_for_selector(".turn", state="detached")
-            assert noticed.nothing(), noticed
+            admin.goto(f"{world.url}/admin/endpoints")
+            ready(admin)
+            admin.get_by_role("button", name="Ask alpha-7b something").click()
+            expect(admin.get_by_role("status").first).to_contain_text("alpha-7b answers.")
+            for who in (noticed, seen_by_admin):
+                assert who.nothing(), who
+        administer(world, admin, [project.id, attack.id])
+        assert seen_by_admin.nothing(), seen_by_admin
 
 
 def test_names_of_people_are_plain(world: Annotation, browser: Browser) -> None:

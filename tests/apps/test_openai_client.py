@@ -217,6 +217,31 @@ def test_stop_strings_end_the_text_wherever_tokens_do(
     assert (stopped.text, stopped.finish) == (whole.text[: whole.text.index(stop)], "stop")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_string_may_begin_with_the_first_space_of_a_completion(clients: Clients, raw: Raw, mode: str) -> None:
+    request = {**TEXT, "temperature": 0, "logit_bias": {"301": 100}}
+    [whole] = raw.reference("completions", request).responses
+    assert whole.text.startswith(" ")
+    for stop, text in ((whole.text[:3], ""), (" ", ""), (whole.text[1:3], " ")):
+        outcome = MODES[mode](clients, "completions", {**request, "stop": stop})
+        assert [(response.text, response.finish) for response in outcome.responses] == [(text, "stop")]
+        assert outcome.usage is not None
+        assert outcome.usage[1] < 8
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_usage_tells_what_the_cache_held_of_the_prompt(clients: Clients, kind: str) -> None:
+    words = f"{kind} has not seen this text before, and the quiet king hears a song in the forest"
+    request = {**(ASK if kind == "chat" else TEXT), "model": MODEL}
+    request |= {"messages": [{"role": "user", "content": words}]} if kind == "chat" else {"prompt": words}
+    api: Any = clients.sync.chat.completions if kind == "chat" else clients.sync.completions
+    first, again = (api.create(**request).usage for _ in range(2))
+    *_, last = api.create(stream=True, stream_options={"include_usage": True}, **request)
+    assert first.prompt_tokens_details.cached_tokens < first.prompt_tokens // 2
+    assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 1, "the last token is computed anew"
+    assert last.usage == again
+
+
 def test_a_seed_gives_the_same_text_and_none_gives_others(raw: Raw) -> None:
     request = {**ASK, "max_tokens": 16, "temperature": 1.0}
     assert ask_raw(raw, "chat", request) == ask_raw(raw, "chat", request)

@@ -149,10 +149,11 @@ def test_twenty_rounds_of_disconnects(checkpoint: Checkpoint) -> None:
 class SteadyEngine(Engine):
     """Takes a while for each step, as one with a large model does."""
 
+    step_seconds = 0.005
     gate: threading.Event | None = None
 
     def step(self) -> list[Delta]:
-        time.sleep(0.005)
+        time.sleep(self.step_seconds)
         if self.gate is not None:
             self.gate.wait(60)
         return super().step()

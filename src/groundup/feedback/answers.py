@@ -81,6 +81,11 @@ def responses_of(turn: Turn) -> list[GivenResponse]:
     return [GivenResponse.model_validate(response) for response in turn.responses or ()]
 
 
+def kept_response(turn: Turn) -> GivenResponse:
+    """With which the dialogue goes on: the winner, or responses[0] where none was said to be better."""
+    return responses_of(turn)[(turn.judgement or {}).get("winner") or 0]
+
+
 def given_messages(place: Place) -> list[contents.Turn]:
     """The system prompt and the dialogue that the item gives."""
     system = place.project.system_prompt
@@ -96,9 +101,8 @@ def messages_to(place: Place, turns: Sequence[Turn], prompt: str) -> list[conten
     if place.content.messages:
         messages.pop()
     for turn in turns:
-        winner = (turn.judgement or {}).get("winner") or 0
         messages.append(contents.Turn(role="user", content=turn.prompt))
-        messages.append(contents.Turn(role="assistant", content=responses_of(turn)[winner].text.strip() or NO_ANSWER))
+        messages.append(contents.Turn(role="assistant", content=kept_response(turn).text.strip() or NO_ANSWER))
     return [*messages, contents.Turn(role="user", content=prompt)]
 
 

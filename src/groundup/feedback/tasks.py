@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from groundup.base.records import Criterion
-from groundup.feedback.answers import responses_of, turned, turns_of
+from groundup.feedback.answers import kept_response, responses_of, turned, turns_of
 from groundup.feedback.contents import ItemContent, PairJudgement, StoredSft, Turn
 from groundup.feedback.leases import Place, reviewed
 from groundup.feedback.tables import ItemKind
@@ -23,6 +23,8 @@ class ShownTurn:
     """None: still to be generated."""
     judgement: dict[str, Any] | None
     """What this person said of it, in the page's terms."""
+    kept: str | None
+    """The response with which the dialogue goes on; None: not judged yet."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def show(session: Session, place: Place) -> Task:
                 responses=tuple(response.text for response in _in_page_order(responses_of(turn), turn.is_swapped))
                 or None,
                 judgement=_shown_judgement(place.item.kind, turn.judgement, turn.is_swapped),
+                kept=None if turn.judgement is None else kept_response(turn).text,
             )
             for turn in turns
         ),

@@ -41,6 +41,12 @@ class NotImplementedByEngine(Exception):
     """This engine cannot do what was asked for. The API answers 400."""
 
 
+def cached_tokens_of(stream: AsyncIterator[Delta]) -> int | None:
+    """How much of its prompt was kept from earlier ones when the request came; None where the engine does not tell."""
+    found: int | None = getattr(stream, "cached_tokens", None)
+    return found
+
+
 class Backend(Protocol):
     """A loaded model that answers requests; all methods are called from one event loop."""
 
@@ -58,7 +64,7 @@ class Backend(Protocol):
         """Queue a request and iterate over what its responses get, until each has a finish reason.
 
         Closing the iterator (`aclose`) cancels the request and frees its slots at once. Requests of one `group` count
-        as one when an engine gives out its slots fairly.
+        as one when an engine gives out its slots fairly. See `cached_tokens_of` for what an iterator may tell.
 
         Raises: Overloaded, Unavailable or UserError at the call itself; Unavailable or RequestFailed while iterating.
         """

@@ -65,7 +65,7 @@ async def _answer(service: Service, backend: Backend, request: CompletionRequest
                 choice.echo(text, prompt, prompt_scores, request.logprobs or 0)
             choices.append(choice)
     reply = Reply("text_completion", "cmpl", backend, request, choices)
-    return await reply.send(http, await Generation.begin(service, backend, prompts, params))
+    return await reply.send(http, await Generation.begin(service, backend, prompts, params, continues=True))
 
 
 async def _scores(request: CompletionRequest, backend: Backend, prompt: list[int]) -> PromptScores | None:
@@ -75,10 +75,6 @@ async def _scores(request: CompletionRequest, backend: Backend, prompt: list[int
 
 
 class _TextChoice(Choice):
-    """Why the first space: a tokenizer that puts a space before every text takes it away when it decodes. What
-    continues a prompt is not the start of a text, so a space that its first token brings is given back.
-    """
-
     def __init__(
         self, index: int, backend: Backend, params: SamplingParams, logprobs: int | None, prompt_characters: int
     ) -> None:
@@ -88,8 +84,6 @@ class _TextChoice(Choice):
         self._logprobs: CompletionLogprobs | None = None
         if logprobs is not None:
             self._logprobs = CompletionLogprobs(backend.tokenizer, logprobs, prompt_characters, keeps_space=True)
-        self._is_at_start = backend.tokenizer.strips_leading_space
-        self._owed = ""
         self._pieces: list[str] = []
         self._lists: list[dict[str, Any]] = []
         self._unsent = 0
@@ -111,14 +105,13 @@ class _TextChoice(Choice):
         if self._unsent:
             self._unsent = 0
             chunks.append(self._chunk(self._pieces[0], self._lists[0] if self._lists else None, None))
-        text = self._with_first_space(token_ids, delta.text, delta.finish_reason is not None)
         lists = self._logprobs.add(token_ids, delta.logps, delta.top_logps) if self._logprobs and token_ids else None
-        self._pieces.append(text)
+        self._pieces.append(delta.text)
         if lists is not None:
             self._lists.append(lists)
         self._finish_reason = delta.finish_reason
-        if text or lists is not None or delta.finish_reason is not None:
-            chunks.append(self._chunk(text, lists, delta.finish_reason))
+        if delta.text or lists is not None or delta.finish_reason is not None:
+            chunks.append(self._chunk(delta.text, lists, delta.finish_reason))
         return chunks
 
     def whole(self) -> dict[str, Any]:
@@ -126,17 +119,6 @@ class _TextChoice(Choice):
         if self._logprobs is not None:
             lists = _joined(self._lists)
         return self._chunk("".join(self._pieces), lists, self._finish_reason)
-
-    def _with_first_space(self, token_ids: Sequence[int], text: str, is_last: bool) -> str:
-        """Why `owed`: the text of the first token may be held back as the possible start of a stop string."""
-        for token_id in token_ids:
-            piece = self._tokenizer.token_bytes(token_id)
-            if self._is_at_start and piece:
-                self._is_at_start = False
-                self._owed = " " if piece.startswith(b" ") else ""
-        if self._owed and (text or is_last):
-            text, self._owed = self._owed + text, ""
-        return text
 
     def _chunk(self, text: str, lists: dict[str, Any] | None, finish_reason: FinishReason | None) -> dict[str, Any]:
         return {"index": self.index, "text": text, "logprobs": lists, "finish_reason": finish_reason}

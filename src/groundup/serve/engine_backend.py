@@ -42,6 +42,8 @@ class _Stream(AsyncIterator[Delta]):
         """The engine's number, from when its thread has taken the request; that thread's business."""
         self.to_come = num_samples
         """Responses that the engine has not finished; its thread's business."""
+        self.cached_tokens: int | None = None
+        """Set by the engine's thread before the first delta."""
         self._leave = leave
         self._arrived: deque[Delta] = deque()
         self._error: Exception | None = None
@@ -278,6 +280,7 @@ class EngineBackend:
     def _submit(self, stream: _Stream, prompt: list[int], params: SamplingParams, group: Hashable | None) -> None:
         try:
             stream.request_id = self._engine.submit(prompt, params, group)
+            stream.cached_tokens = self._engine.slots.longest_prefix(prompt)[0]
         except UserError as error:
             self._post(self._fail, [stream], error)
         except Exception as error:  # of this request's own constraint

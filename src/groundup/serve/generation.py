@@ -1,7 +1,6 @@
 """From a request to sampling parameters, and from an engine's deltas to numbered choices."""
 
 import asyncio
-import dataclasses
 import hashlib
 import time
 from collections import Counter
@@ -14,7 +13,8 @@ from groundup.base.errors import UserError
 from groundup.base.generation import Constraint, Delta, SamplingParams
 from groundup.infer.grammar import Grammars
 from groundup.serve import config as limits
-from groundup.serve.backend import Backend, RequestFailed
+from groundup.serve.backend import Backend, RequestFailed, cached_tokens_of
+from groundup.serve.first_space import FirstSpace
 from groundup.serve.metrics import Metrics
 from groundup.serve.schemas import SamplingFields
 from groundup.serve.wire import ApiError, as_api_error, close_iterator
@@ -161,9 +161,18 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompts; None where the engine does not tell."""
 
-    def wire(self) -> dict[str, int]:
-        return {**dataclasses.asdict(self), "total_tokens": self.prompt_tokens + self.completion_tokens}
+    def wire(self) -> dict[str, Any]:
+        sums = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+        if self.cached_tokens is None:
+            return sums
+        return {**sums, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
 
 class Generation(AsyncIterator[tuple[int, Delta]]):
@@ -186,9 +195,15 @@ class Generation(AsyncIterator[tuple[int, Delta]]):
 
     @staticmethod
     async def begin(
-        service: Service, backend: Backend, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        service: Service,
+        backend: Backend,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        continues: bool = False,
     ) -> "Generation":
-        """Queue all prompts, or none; the caller closes it in every case.
+        """Queue all prompts, or none; the caller closes it in every case. `continues`: no response is the start of a
+        text.
 
         Raises: what `Backend.start` does.
         """
@@ -197,7 +212,9 @@ class Generation(AsyncIterator[tuple[int, Delta]]):
         streams, group = generation._streams, object()
         try:
             for prompt, each in zip(prompts, params, strict=True):
-                streams.append(backend.start(prompt, each, group) if each.max_new_tokens else _no_tokens(each))
+                stream = backend.start(prompt, each, group) if each.max_new_tokens else _no_tokens(each)
+                is_cut = continues and backend.tokenizer.strips_leading_space
+                streams.append(FirstSpace(stream, backend.tokenizer, each) if is_cut else stream)
         except Exception:
             await generation.aclose()
             raise
@@ -250,6 +267,8 @@ class Generation(AsyncIterator[tuple[int, Delta]]):
         now = time.monotonic()
         if choice not in self._first_at:
             self._first_at[choice] = now
+            told = [count for stream in self._streams if (count := cached_tokens_of(stream)) is not None]
+            self.usage.cached_tokens = sum(told) if told else None
             self._metrics.first_token_seconds.labels(self._model).observe(now - self._started_at)
         self._counts[choice] += len(delta.token_ids)
         self._metrics.completion_tokens.labels(self._model).inc(len(delta.token_ids))

@@ -20,6 +20,7 @@ from groundup.serve.isolation import log_failure
 T = TypeVar("T")
 # Possessive, and right where a string never ends: a pattern that could fail would be tried again from each quote.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 DONE = b"data: [DONE]\n\n"
 CLIENT_GONE = 499
@@ -98,8 +99,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """
     _check_nesting(body)
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        # Only where it can matter: written out, a body of many small values takes several times its own size.
+        if _SURROGATE.search(body):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8 text") from None
     except UnicodeEncodeError:
@@ -122,6 +130,14 @@ def _check_nesting(body: bytes) -> None:
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_JSON_DEPTH:
             raise ApiError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def _finite(text: str) -> float:
+    """Raises: ValueError for NaN, Infinity, and numbers beyond the largest."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not finite")
+    return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

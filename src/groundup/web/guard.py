@@ -253,7 +253,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:
     """An error in the shape that OpenAI's clients read."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = {503: "service_unavailable_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 

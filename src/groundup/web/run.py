@@ -15,16 +15,20 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from groundup.base.errors import UserError
-from groundup.web.guard import MAX_HEADER_BYTES, SECURITY_HEADERS, App, error_body
+from groundup.web.guard import MAX_HEADER_BYTES, SECURITY_HEADERS, App, Receive, Scope, Send, error_body
 
 HEAD_SECONDS = 10.0
 """Longest time from a connection's opening, or from a request's first byte, to the end of its headers."""
 UNREAD_SECONDS = 60.0
 """A client that takes nothing of its answer for so long has gone."""
-KEEP_ALIVE_SECONDS = 5
+KEEP_ALIVE_SECONDS = 20
+"""Of an idle connection. Why longer than the 5 s after which OpenAI's client uses none again: a request would now and
+then meet the very moment of closing."""
 DRAIN_SECONDS = 8
 """What open requests get to end when the server stops; the application's own end comes after."""
 MAX_CONNECTIONS = 900
+"""Requests on further ones are answered 503."""
+FULL_RETRY_SECONDS = 2
 
 
 def serve_app(
@@ -54,7 +58,6 @@ def make_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
@@ -135,6 +138,11 @@ class _Protocol(H11Protocol):
         super().data_received(data)
         self._time_head()
 
+    def handle_events(self) -> None:
+        """Why not uvicorn's own limit: it answers with plain text, and not when to come again."""
+        self.app = _answer_full if len(self.connections) > MAX_CONNECTIONS else self.config.loaded_app
+        super().handle_events()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_unread_timer()
@@ -181,3 +189,16 @@ class _Protocol(H11Protocol):
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+async def _answer_full(scope: Scope, receive: Receive, send: Send) -> None:
+    body = error_body(503, "too many connections are open; try again later", "too_many_connections")
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", str(FULL_RETRY_SECONDS).encode()),
+        (b"connection", b"close"),
+        *SECURITY_HEADERS.items(),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,46 +1,15 @@
 """Dialogues with models: two variants, blind and in random order; nobody but the server writes what models say."""
 
-from collections.abc import Sequence
-
 import pytest
 from sqlalchemy import select
-from tests.apps.feedback_world import World
+from tests.apps.feedback_world import LABEL, World, answers, start
 
 from groundup.feedback.accounts import Account
 from groundup.feedback.contents import GivenResponse, ItemContent
-from groundup.feedback.dialogue import Generation
 from groundup.feedback.errors import Conflict, Invalid
 from groundup.feedback.projects import NewItem
-from groundup.feedback.tables import Project, Submission
+from groundup.feedback.tables import Submission
 from groundup.feedback.work import Task
-
-LABEL = {"risk_category": "unqualified advice", "attack_vector": "other", "severity": 4}
-
-
-def answers(generations: Sequence[Generation], word: str = "says") -> list[GivenResponse]:
-    """As the server makes them."""
-    return [
-        GivenResponse(
-            text=f"{generation.model} {word}",
-            model=generation.model,
-            revision=generation.revision,
-            endpoint_id=generation.endpoint_id,
-            temperature=generation.temperature,
-            seed=generation.seed,
-            token_ids=[1, 2],
-        )
-        for generation in generations
-    ]
-
-
-def start(world: World, kind: str = "preference", models: int = 2, **values: object) -> tuple[Account, Project, Task]:
-    ann = world.person("ann")
-    endpoints = [world.endpoint(f"model{number}", revision=f"sha{number}") for number in range(models)]
-    values = {"items": [NewItem()], "endpoint_ids": endpoints} | values
-    project = world.project(kind, **values)
-    task = world.work.claim(ann.id, project.id)
-    assert task is not None
-    return ann, project, task
 
 
 def take_turn(world: World, ann: Account, task: Task, prompt: str) -> Task:

@@ -12,7 +12,7 @@ import torch
 
 from groundup.base.errors import UserError
 from groundup.base.generation import Delta, EngineStats, PromptScores, SamplingParams
-from groundup.serve.backend import Cancelled, Overloaded, RequestFailed, Unavailable
+from groundup.serve.backend import Cancelled, Overloaded, RequestFailed, Unavailable, cached_tokens_of
 from groundup.serve.engine_backend import MOST_FAILED_STEPS, EngineBackend
 
 SLOTS = 2
@@ -22,6 +22,7 @@ class Engine:
     """Gives every request token 1, 2, 3 ... in turn, a step each, for all of them at once."""
 
     max_slots, max_tokens = SLOTS, 100
+    slots: "Engine"
 
     def __init__(self) -> None:
         self.requests: dict[int, tuple[SamplingParams, list[int]]] = {}
@@ -32,6 +33,10 @@ class Engine:
         self.gate.set()
         self.errors: list[BaseException] = []
         self.num_resets = 0
+        self.slots = self
+
+    def longest_prefix(self, prompt: Sequence[int]) -> tuple[int, None]:
+        return len(prompt) // 2, None
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, group: Any = None) -> int:
         if 99 in prompt:
@@ -123,6 +128,15 @@ def test_deltas_arrive_in_order_from_one_thread() -> None:
         assert engine.groups == [3, 5, None]
         assert engine.cancelled == []
         assert backend.stats().active == 0
+
+    run(test)
+
+
+def test_what_the_cache_held_of_a_prompt_is_known_with_the_first_delta() -> None:
+    async def test(engine: Engine, backend: EngineBackend) -> None:
+        stream = backend.start([1, 2, 3, 4], SamplingParams(max_new_tokens=1))
+        await anext(stream)
+        assert cached_tokens_of(stream) == 2
 
     run(test)
 

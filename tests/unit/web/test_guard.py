@@ -362,4 +362,5 @@ def test_client_that_leaves_before_its_body_is_whole(site: Site) -> None:
 
 def test_error_body() -> None:
     assert json.loads(error_body(400, 'a "b"\n'))["error"]["message"] == 'a "b"\n'
-    assert json.loads(error_body(503, "x"))["error"]["type"] == "server_error"
+    assert json.loads(error_body(500, "x"))["error"]["type"] == "server_error"
+    assert json.loads(error_body(503, "x"))["error"]["type"] == "service_unavailable_error"

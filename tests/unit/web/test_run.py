@@ -1,5 +1,6 @@
 """The socket, the time-outs and the end, with real processes and signals where these matter."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+import openai
 import pytest
 from tests.apps.raw_http import Site, exchange, read_reply, request, running
 
@@ -103,6 +105,12 @@ def test_slow_heads_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert exchange(site, request(site)).status == 200
 
 
+def test_idle_connections_live_longer_than_clients_use_them() -> None:
+    """Else a request sometimes meets the moment in which its connection closes."""
+    assert openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry is not None
+    assert openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry < run_module.KEEP_ALIVE_SECONDS
+
+
 def test_clients_that_do_not_read_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the application would wait for ever to send its next piece."""
     monkeypatch.setattr(run_module, "UNREAD_SECONDS", 0.3)
@@ -111,6 +119,27 @@ def test_clients_that_do_not_read_are_cut_off(monkeypatch: pytest.MonkeyPatch) -
         connection.sendall(request(site, target="/large"))
         assert large_is_sent.wait(60)
         assert exchange(site, request(site)).status == 200
+
+
+def test_requests_on_too_many_connections_are_told_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "MAX_CONNECTIONS", 2)
+    with running(app) as site, contextlib.ExitStack() as opened:
+        connections = [
+            opened.enter_context(socket.create_connection((site.host, site.port), timeout=60)) for _ in range(2)
+        ]
+        for connection in connections:
+            connection.sendall(request(site))
+            assert read_reply(connection).status == 200
+        for _ in range(3):
+            refusal = exchange(site, request(site, "POST", "/", None, b"{}"))
+            assert refusal.status == 503
+            assert int(refusal.headers["retry-after"]) >= 1
+            assert refusal.json()["error"]["type"] == "service_unavailable_error"
+            assert refusal.headers["connection"] == "close"
+            assert "content-security-policy" in refusal.headers
+        connections[0].close()
+        while exchange(site, request(site)).status != 200:  # until the server has seen that there is room
+            pass
 
 
 @pytest.mark.parametrize(
