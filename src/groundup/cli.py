@@ -382,7 +382,7 @@ def convert(
 @app.command("show-batch", epilog="Example: groundup show-batch recipes/quickstart.yaml sft-v1 --rows 2")
 def show_batch(
     recipe: RecipeArg,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft-v1 or sft-v2.", show_default=False)],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="As in sft-v1, rm-helpful-1.", show_default=False)],
     overrides: Overrides = None,
     out: Out = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 2,

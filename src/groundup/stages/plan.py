@@ -99,6 +99,8 @@ class Planner:
         self.model: ModelConfig | None = None
         self.saved_bytes = 2
         self.prompts: int | None = None
+        """Of the training part."""
+        self.held_out_prompts: int | None = None
         self.comparisons = 0
         self.winners = 0
         self.response_tokens = 128
@@ -244,7 +246,8 @@ class Planner:
     def _prompts(self, row: StagePlan, config: PromptsConfig, artifact: Artifact | None) -> None:
         row.memory_bytes, row.seconds = PROCESS_BYTES, 10.0
         if artifact is not None:
-            self.prompts = sum(sum(part.values()) for part in (artifact.metrics["train"], artifact.metrics["held_out"]))
+            self.prompts = sum(artifact.metrics["train"].values())
+            self.held_out_prompts = sum(artifact.metrics["held_out"].values())
 
     def _collect(self, row: StagePlan, config: CollectConfig, artifact: Artifact | None) -> None:
         drawn = (config.helpfulness, config.safety)
@@ -297,11 +300,11 @@ class Planner:
         row.memory_bytes = PROCESS_BYTES + num_parameters(self.model) * (2 * state + 3 * BYTES_OF_DTYPE["float32"])
 
     def _evaluate(self, row: StagePlan, config: EvaluateConfig, artifact: Artifact | None) -> None:
-        if self.prompts is None:
+        held_out = self.held_out_prompts
+        if held_out is None:
             row.notes.append("the number of held-out prompts is unknown before they are read")
             return
         versions = sum(stage.kind == "model" and stage.artifact != "base" for stage in self.pipeline.stages)
-        held_out = math.ceil(0.1 * self.prompts)
         asked = held_out if config.max_prompts is None else min(held_out, 2 * config.max_prompts)
         self._sampling(row, versions * asked * config.samples_per_prompt, config.max_new_tokens, models=1)
 
