@@ -17,8 +17,9 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -155,7 +156,8 @@ def compare_margins(arguments: argparse.Namespace) -> None:
 
 
 def read_rated(path: Path) -> list[Comparison]:
-    """The comparisons of a file; one that holds several JSON lists (PandaLM's) is taken apart first."""
+    """The comparisons of a file; PandaLM's several JSON lists and FineGrainedRLHF's pairs of four are brought into
+    forms that `read_comparisons` knows."""
     raw = path.read_bytes()
     text = gzip.decompress(raw).decode() if path.suffix == ".gz" else raw.decode()
     if not text.startswith("["):
@@ -164,10 +166,23 @@ def read_rated(path: Path) -> list[Comparison]:
     while place < len(text.rstrip()):
         found, place = decoder.raw_decode(text, place)
         rows += [row for row in found if any(str(key).startswith("annotator") for key in row)]
+        rows += [by_wins(row) for row in found if "prediction 4" in row]
     with tempfile.TemporaryDirectory() as folder:
         one_list = Path(folder) / path.name.removesuffix(".gz")
         one_list.write_text(json.dumps(rows))
         return list(read_comparisons(one_list))
+
+
+def by_wins(row: dict[str, Any]) -> dict[str, Any]:
+    """FineGrainedRLHF: each of four answers was compared with each other one (0: no difference, 1: the first is better,
+    2: the second). An answer's score, from 0 to 4, grows with its wins less its losses, so that gaps are ratings."""
+    wins = [0] * 4
+    for (first, second), verdict in zip(combinations(range(4), 2), row["preference"], strict=True):
+        gain = {0: 0, 1: 1, 2: -1}[verdict]
+        wins[first] += gain
+        wins[second] -= gain
+    answers = [{"response": row[f"prediction {n + 1}"], "helpfulness": 2 + wins[n] * 2 / 3} for n in range(4)]
+    return {"prompt": row["question"], "responses": answers}
 
 
 def cross_validate(rank: Rank, prompts: Ints, arguments: argparse.Namespace) -> dict[MarginKind, Floats]:
