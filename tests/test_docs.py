@@ -22,6 +22,7 @@ DOCS = [
     "docs/annotate.md",
     "docs/serve.md",
     "docs/rlhf_checklist.md",
+    "docs/promises.md",
     "docs/log.md",
     "docs/benchmarks.md",
 ]
