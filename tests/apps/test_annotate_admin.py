@@ -171,6 +171,8 @@ def test_the_numbers_of_finished_work(finished: tuple[Annotation, dict[str, Proj
         assert "1.00" in agreement
         for measure in ("pairwise agreement", "Gwet's AC1", "Gwet's AC2", "Krippendorff's alpha"):
             assert page.get_by_role("rowheader", name=measure).count(), measure
+        alpha = page.get_by_role("row").filter(has_text="alpha, nominal").inner_text()
+        assert "everybody chose the same" in alpha
         page.goto(f"{world.url}/admin/projects/{projects['comparison'].id}")
         # Six items on which both chose the first model by one point.
         versus = page.get_by_role("row").filter(has_text="alpha-7b").inner_text()

@@ -86,7 +86,8 @@ class AgreementLine:
 
     what: str
     name: str
-    found: Agreement
+    found: Agreement | None
+    """None: undefined, because everybody chose the same."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ def _agreements(
         ("is it safe", "pairwise agreement", pairwise_agreement(labels)),
         ("is it safe", "Gwet's AC1", gwet(labels)),
     ]
-    return [AgreementLine(what, name, value) for what, name, value in found if value is not None]
+    judged = {what for what, _, value in found if value is not None}
+    return [AgreementLine(what, name, value) for what, name, value in found if what in judged]
 
 
 def _versus(kind: ProjectKind, answers: Sequence[Answer]) -> list[Versus]:

@@ -42,8 +42,12 @@ def test_who_won_does_not_depend_on_who_stands_first_in_the_item(world: World) -
     assert (line.first, line.second) == ("new", "old")
     assert (line.outcome.wins.mean, line.outcome.losses.mean) == (0.5, 0.5)
     found = {line.name: line.found for line in numbers.agreements if line.what == "which is better"}
-    assert found["pairwise agreement"].value == pytest.approx((1 + 1 / 3) / 2)
-    assert found["pairwise agreement"].items == 2
+    pairwise, alpha = found["pairwise agreement"], found["Krippendorff's alpha, nominal"]
+    assert pairwise is not None
+    assert alpha is not None
+    assert (pairwise.value, pairwise.items) == (pytest.approx((1 + 1 / 3) / 2), 2)
+    # Five of six chose responses[0]: 2 of 6 coincidences disagree, and by chance 2 * 5 * 1 of 6 * 5 would.
+    assert alpha.value == pytest.approx(1 - (2 / 6) / (10 / 30))
 
 
 def test_pace_batches_and_days(world: World) -> None:
@@ -76,8 +80,11 @@ def test_agreement_is_about_what_several_people_saw(world: World) -> None:
     rate(world, "bob", project, [both, both, both, second])
     numbers = project_statistics(world.database, project, TODAY)
     found = {(line.what, line.name): line.found for line in numbers.agreements}
-    assert found["is it safe", "Gwet's AC1"].value == 1
-    assert found["which is better", "pairwise agreement"].items == 4, "gold items are seen by several, too"
+    safe, better = found["is it safe", "Gwet's AC1"], found["which is better", "pairwise agreement"]
+    assert safe is not None
+    assert safe.value == 1
+    assert better is not None
+    assert better.items == 4, "gold items are seen by several, too"
     gold = [person.right.mean for person in numbers.people if person.right is not None]
     assert len(gold) == 2, "each had the gold item"
     assert numbers.batches[0].items == 3, "and it is nobody's to finish"
