@@ -1,7 +1,8 @@
 """The project's own engine behind the API: a thread of its own that steps, and streams that the event loop reads.
 
 Nobody polls: the thread sleeps on a condition while there is nothing to do, takes what was asked for between two steps,
-and hands all that a step gave to the event loop in one call.
+and hands all that a step gave to the event loop in one call. After a second without work it ends; the next request
+starts another.
 """
 
 import asyncio
@@ -28,6 +29,9 @@ WATCH_SECONDS = 1.0
 MOST_FAILED_STEPS = 3
 """So many failed steps in a row end the engine."""
 JOIN_SECONDS = 5.0
+IDLE_SECONDS = 1.0
+"""After so long without work the thread ends. Why: OpenMP keeps helpers for every thread, and once all of them together
+are more than the cores, none may spin any more while it waits: another model's steps would take half as long again."""
 RETRY_SECONDS = (1.0, 60.0)
 _RATE_OVER = 64
 """Responses over which the rate of finishing is measured."""
@@ -119,6 +123,7 @@ class EngineBackend:
         # Guarded by the condition:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
         # Written by the engine's thread, read by the event loop:
         self._stats = engine.stats()
         self._busy_since: float | None = None
@@ -128,8 +133,6 @@ class EngineBackend:
         self._calls: deque[_Call] = deque()
         self._failed_steps = 0
         self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
-        self._thread.start()
 
     # ---- in the event loop
 
@@ -169,6 +172,7 @@ class EngineBackend:
             await asyncio.sleep(0.02)
         self._fail_all(Cancelled())
         self._command(self._stop)
+        assert self._thread is not None
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
     def _problem(self) -> str | None:
@@ -219,6 +223,9 @@ class EngineBackend:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"engine of {self.name}", daemon=True)
+                self._thread.start()
 
     def _deliver(self, deltas: Sequence[tuple[_Stream, Delta]]) -> None:
         for stream, delta in deltas:
@@ -252,7 +259,10 @@ class EngineBackend:
     def _run(self) -> None:
         try:
             while not self._is_stopped:
-                for command in self._next_commands():
+                commands = self._next_commands()
+                if commands is None:
+                    return
+                for command in commands:
                     command()
                 if self._calls:
                     self._advance_call()
@@ -260,18 +270,20 @@ class EngineBackend:
                     self._step()
                 else:
                     self._stats = self._engine.stats()
+            self._busy_since = None
         except BaseException as error:
             log_failure(f"the engine of {self.name}", error)
             self._death = f"the engine ended with {type(error).__name__}; the server has to be started again"
-        finally:
             self._busy_since = None
 
-    def _next_commands(self) -> list[Callable[[], None]]:
-        """What was asked for since the last step; waits while there is nothing to do at all."""
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """What was asked for since the last step; waits while there is nothing to do at all, None after long enough."""
         with self._wake:
             while not (self._commands or self._streams or self._calls):
                 self._busy_since = None
-                self._wake.wait()
+                if not self._wake.wait(IDLE_SECONDS) and not self._commands:
+                    self._thread = None
+                    return None
             commands = list(self._commands)
             self._commands.clear()
         self._busy_since = time.monotonic()

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +107,15 @@ def open_backend(name: str, path: Path, options: EngineOptions) -> Backend:
         return open_llama_cpp(path, name, slots=slots, queue=queue, max_tokens=max_tokens, weights=form)
     if options.engine == "vllm":
         return open_vllm(path, name, slots=slots, queue=queue, max_tokens=max_tokens, weights=form)
-    checkpoint = load_checkpoint(path)
-    context = min(max_tokens or checkpoint.config.max_positions, checkpoint.config.max_positions)
-    engine = Engine(checkpoint.model, checkpoint.tokenizer, max_slots=slots, max_tokens=context, weights=form)
-    return EngineBackend(name, engine, checkpoint.tokenizer, checkpoint.chat, checkpoint.generation, queue=queue)
+
+    def load() -> EngineBackend:
+        checkpoint = load_checkpoint(path)
+        context = min(max_tokens or checkpoint.config.max_positions, checkpoint.config.max_positions)
+        engine = Engine(checkpoint.model, checkpoint.tokenizer, max_slots=slots, max_tokens=context, weights=form)
+        return EngineBackend(name, engine, checkpoint.tokenizer, checkpoint.chat, checkpoint.generation, queue=queue)
+
+    with ThreadPoolExecutor(1) as thread:  # one that ends: see `engine_backend.IDLE_SECONDS`
+        return thread.submit(load).result()
 
 
 class _Later:

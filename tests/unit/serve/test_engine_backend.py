@@ -12,6 +12,7 @@ import torch
 
 from groundup.base.errors import UserError
 from groundup.base.generation import Delta, EngineStats, PromptScores, SamplingParams
+from groundup.serve import engine_backend
 from groundup.serve.backend import Cancelled, Overloaded, RequestFailed, Unavailable, cached_tokens_of
 from groundup.serve.engine_backend import MOST_FAILED_STEPS, EngineBackend
 
@@ -102,6 +103,7 @@ def run(test: Callable[[Engine, EngineBackend], Coroutine[Any, Any, None]], **op
         finally:
             engine.gate.set()
             await backend.close(0)
+            assert backend._thread is not None
             assert not backend._thread.is_alive()
 
     asyncio.run(main())
@@ -128,6 +130,25 @@ def test_deltas_arrive_in_order_from_one_thread() -> None:
         assert engine.groups == [3, 5, None]
         assert engine.cancelled == []
         assert backend.stats().active == 0
+
+    run(test)
+
+
+def test_a_thread_without_work_ends_and_the_next_request_starts_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_backend, "IDLE_SECONDS", 0.01)
+
+    async def test(engine: Engine, backend: EngineBackend) -> None:
+        names = set()
+        for count in range(1, 4):
+            assert await texts(backend.start([1], SamplingParams(count))) == {0: " ".join("123"[:count]) + " "}
+            thread = backend._thread
+            await until(lambda: backend._thread is None)
+            if thread is not None:  # else it had ended already
+                thread.join(30)
+                names.add(thread.name)
+            assert backend.health() is None
+        assert names <= {"engine of fake"}
+        assert await backend.score([1, 2], 0) == PromptScores([-1.0], [])
 
     run(test)
 
