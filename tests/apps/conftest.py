@@ -6,8 +6,13 @@ import pytest
 from playwright.sync_api import Browser
 from tests.apps.browser import start_chromium
 
-SLOW_FILES = ("test_annotate_", "test_chat_page", "test_feedback_promises", "test_serve_load")
-"""Browsers, hundreds of clients, databases under load: together they take minutes and belong to `make test-slow`."""
+SLOW_FILES = (
+    "test_annotate_admin", "test_annotate_everybody", "test_annotate_export", "test_annotate_loop",
+    "test_annotate_trouble", "test_annotate_xss", "test_chat_page_access", "test_chat_page_trouble",
+    "test_feedback_promises", "test_serve_load",
+)  # fmt: skip
+"""Most browsers, hundreds of clients, databases under load: together they take minutes and belong to `make test-slow`.
+Who may do what, each type of work and the chat page itself are tested in a browser every time."""
 
 
 @pytest.hookimpl(tryfirst=True)
