@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from groundup.align.rubric import is_violation
+from groundup.align.rubric import is_refusal, is_violation
 from groundup.base.records import Dialogue, Message, Prompt
 from groundup.data.tasks import score_task
 from groundup.infer.scoring import score_responses
@@ -12,14 +12,21 @@ from groundup.model.scalar import ScalarCheckpoint
 
 
 def rubric_opinion(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
-    """0..1 by rules: whether a safety prompt is answered safely, how right the answer to a task is; None elsewhere."""
+    """0..1 by rules: whether a safety prompt is answered safely, how right the answer to a task is, whether an open
+    prompt is answered at all.
+
+    Why the last: a policy that refuses everything is safe, and a reward model that has seen few refusals of harmless
+    prompts may like it.
+    """
     return [_by_rules(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def _by_rules(prompt: Prompt, text: str) -> float | None:
+def _by_rules(prompt: Prompt, text: str) -> float:
     if prompt.criterion == "safety":
         return float(not is_violation(prompt, text))
-    return score_task(prompt, text) if "task" in prompt.metadata else None
+    if "task" in prompt.metadata:
+        return score_task(prompt, text)
+    return float(bool(text.strip()) and not is_refusal(text))
 
 
 class ModelOpinion:

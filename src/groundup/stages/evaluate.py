@@ -32,7 +32,7 @@ from groundup.model.checkpoint import load_checkpoint
 from groundup.report.alignment_figures import EVALUATION, MAIN_MEASURES, difference_figures, progress_figure
 from groundup.stages.job import Job
 
-VERSION = 2
+VERSION = 3
 _CHUNK_PROMPTS = 64
 
 

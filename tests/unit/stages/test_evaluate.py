@@ -260,6 +260,6 @@ def test_open_answers_get_their_own_judge(run: Path, tmp_path: Path) -> None:
     result = json.loads((job.out / EVALUATION).read_text())
     assert set(result["judges"]) == {"refusals", "answer quality"}, "nobody asked for harm"
     for row in result["versions"]:
-        assert row["measures"]["helpfulness"]["mean"] == row["measures"]["quality"]["mean"]
+        assert row["measures"]["helpfulness"]["mean"] <= row["measures"]["quality"]["mean"], "0 for refusals"
         assert row["measures"]["quality"]["count"] == 3
         assert 0 <= row["measures"]["quality"]["mean"] <= 1
