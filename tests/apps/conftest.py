@@ -23,8 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for the whole session; each test opens a page with a storage of its own."""
+    """One Chromium for a file of tests; each test opens a page with a storage of its own.
+
+    Why no longer than that: while it is open its event loop runs, and tests that start one of their own would fail.
+    """
     with start_chromium() as browser:
         yield browser
