@@ -253,6 +253,8 @@ def test_interrupt_says_how_to_go_on(workplace: Path, finished: tuple[Path, str,
     with subprocess.Popen(
         command("run", workplace / "tiny.yaml", "--out", tmp_path / "out", "pretrain.steps=100000"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
+        # Shells start what runs in the background with this signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:
