@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, expect
-from tests.apps.browser import Noticed, watched_page
+from tests.apps.browser import Noticed, wait_until, watched_page
 from tests.apps.raw_http import Site, running
 from tests.apps.scripted_backend import ScriptedBackend
 from tests.apps.small_model import save_small_model
@@ -85,7 +85,7 @@ class Chat:
 
     def saved(self) -> None:
         """Wait until the conversation is on the disk."""
-        self.page.wait_for_function("""async () => {
+        finished = """async () => {
             const request = indexedDB.open("groundup-chat");
             const database = await new Promise((done) => { request.onsuccess = () => done(request.result); });
             const all = database.transaction("bodies").objectStore("bodies").getAll();
@@ -93,7 +93,8 @@ class Chat:
             database.close();
             const turns = bodies.flatMap((body) => Object.values(body.nodes));
             return turns.length && turns.every((turn) => turn.finish !== null);
-        }""")
+        }"""
+        wait_until(self.page, finished)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 from tests.apps.annotation import Annotation, annotation, asked, begin, choose, press, running
 from tests.apps.small_model import WORDS, save_small_model
 from typer.testing import CliRunner
@@ -141,8 +141,9 @@ def test_two_served_versions_compared_in_the_browser_make_a_reward_model(
                 begin(page, world, project)
                 press(page, "Control+Enter")
                 choose(page)
+                task = page.url
                 press(page, "1" if number % 2 else "8", "f")
-                page.wait_for_function("path => location.pathname !== path", arg=page.evaluate("location.pathname"))
+                expect(page).not_to_have_url(task)
             assert noticed.nothing(), noticed
         assert len(world.answers(project)) == len(prompts)
         with world.client("admin") as client:

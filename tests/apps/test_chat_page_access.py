@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, expect
-from tests.apps.browser import PHONE, watched_page
+from tests.apps.browser import PHONE, wait_until, watched_page
 from tests.apps.chat_page import Chat, World, open_chat, scripted_world
 
 
@@ -88,7 +88,7 @@ def test_every_control_has_a_name_and_answers_are_announced(chat: Chat) -> None:
     assert chat.page.evaluate(NAMELESS) == []
     chat.page.evaluate(LISTEN)
     chat.ask("say one. Two.")
-    chat.page.wait_for_function("said.join(' ').includes('End of the answer')")
+    wait_until(chat.page, "said.join(' ').includes('End of the answer')")
     assert "one. Two." in " ".join(chat.page.evaluate("said"))
 
 
