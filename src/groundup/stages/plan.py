@@ -246,8 +246,8 @@ class Planner:
     def _prompts(self, row: StagePlan, config: PromptsConfig, artifact: Artifact | None) -> None:
         row.memory_bytes, row.seconds = PROCESS_BYTES, 10.0
         if artifact is not None:
-            self.prompts = sum(artifact.metrics["train"].values())
-            self.held_out_prompts = sum(artifact.metrics["held_out"].values())
+            self.prompts = artifact.metrics["train"]["prompts"]
+            self.held_out_prompts = artifact.metrics["held_out"]["prompts"]
 
     def _collect(self, row: StagePlan, config: CollectConfig, artifact: Artifact | None) -> None:
         drawn = (config.helpfulness, config.safety)
