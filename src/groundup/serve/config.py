@@ -12,6 +12,8 @@ MAX_BODY_BYTES = 2 * 1024 * 1024
 MAX_JSON_DEPTH = 64
 MAX_JSON_BRACKETS = 200_000
 """Objects and lists in one body."""
+MAX_JSON_STRINGS = 20_000
+"""Strings in one body, keys included: short ones take ten times their bytes once they are read."""
 MAX_JSON_KEYS = 2048
 """In one object: each that no field has is an error of its own."""
 MAX_CHOICES = 64

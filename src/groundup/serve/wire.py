@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
+from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from groundup.base.errors import UserError
 from groundup.serve.backend import Cancelled, NotImplementedByEngine, Overloaded, RequestFailed, Unavailable
-from groundup.serve.config import MAX_JSON_BRACKETS, MAX_JSON_DEPTH, MAX_JSON_KEYS
+from groundup.serve.config import MAX_JSON_BRACKETS, MAX_JSON_DEPTH, MAX_JSON_KEYS, MAX_JSON_STRINGS
 from groundup.serve.isolation import log_failure
 
 T = TypeVar("T")
@@ -122,6 +123,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _check_nesting(body: bytes) -> None:
+    # Counted before they are cut out, which would keep every piece between them.
+    if sum(1 for _ in islice(_STRING.finditer(body), MAX_JSON_STRINGS + 1)) > MAX_JSON_STRINGS:
+        raise ApiError(400, f"the body has more than {MAX_JSON_STRINGS} strings")
     brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
     if len(brackets) > 2 * MAX_JSON_BRACKETS:
         raise ApiError(400, f"the body has more than {MAX_JSON_BRACKETS} objects and lists")
