@@ -63,7 +63,8 @@ def score_samples(
 ) -> Tensor:
     """`score_responses` of prompts[places[i]] + responses[i]; a prompt of several responses is computed once.
 
-    Shapes: n responses -> (n,) float32, on the CPU.
+    Shapes: n responses and n places -> (n,) float32, on the CPU.
+    Raises: UserError for a prompt or response without tokens.
     """
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     scores = torch.empty(len(responses))
