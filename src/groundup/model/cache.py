@@ -128,7 +128,7 @@ class SlotCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def select(self, slots: Sequence[int], positions: int) -> "SlotCache":
-        """A new cache whose slots begin as copies of these (one may come more than once), with room for so many positions.
+        """A new cache whose slots are copies of these (one may come more than once), with room for so many positions.
 
         Shapes: the new keys and values are (len(slots), G, >= positions, K).
         """
