@@ -17,6 +17,7 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
@@ -69,7 +70,9 @@ def main() -> None:
     margins.add_argument("--folds", type=int, default=10)
     margins.add_argument("--repeats", type=int, default=10)
     margins.add_argument("--train", choices=("head", "whole"), default="head")
-    margins.add_argument("--decay", type=float, default=0.1, help="weight of |head|^2 / 2 with --train head")
+    margins.add_argument(
+        "--decay", type=float, nargs="+", default=[0.1], help="weights of |head|^2 / 2 with --train head, one by one"
+    )
     margins.add_argument("--lr", type=float, default=2e-5, help="with --train whole")
     margins.add_argument("--batch-pairs", type=int, default=32)
     margins.add_argument("--tokens", type=int, default=512)
@@ -146,13 +149,17 @@ def compare_margins(arguments: argparse.Namespace) -> None:
     pairs = encode(comparisons, start, arguments.tokens, "rated")
     ratings = np.array([pair.comparison.rating for pair in pairs])
     prompts = np.unique([asked(pair.comparison) for pair in pairs], return_inverse=True)[1]
-    rank = by_head(start, pairs, arguments) if arguments.train == "head" else by_whole(start, pairs, arguments)
-    correct = cross_validate(rank, prompts, arguments)
-    print(f"{arguments.repeats} x {arguments.folds} folds, {prompts.max() + 1} prompts, trained: {arguments.train}")
-    for rating in (*RATINGS, "all"):
-        inside = np.ones(len(pairs), dtype=bool) if rating == "all" else ratings == rating
-        if inside.any():
-            print(f"  {rating} ({inside.sum()} pairs): {row_of(correct, prompts, inside)}", flush=True)
+    trained = by_head(start, pairs, arguments) if arguments.train == "head" else by_whole(start, pairs, arguments)
+    found = {name: cross_validate(rank, prompts, arguments) for name, rank in trained.items()}
+    if len(found) > 1:
+        found["mean of these"] = {kind: np.mean([by[kind] for by in found.values()], 0) for kind in KINDS}
+    print(f"{arguments.repeats} x {arguments.folds} folds, {prompts.max() + 1} prompts")
+    for name, correct in found.items():
+        print(f"trained: {name}")
+        for rating in (*RATINGS, "all"):
+            inside = np.ones(len(pairs), dtype=bool) if rating == "all" else ratings == rating
+            if inside.any():
+                print(f"  {rating} ({inside.sum()} pairs): {row_of(correct, prompts, inside)}", flush=True)
 
 
 def read_rated(path: Path) -> list[Comparison]:
@@ -197,22 +204,22 @@ def cross_validate(rank: Rank, prompts: Ints, arguments: argparse.Namespace) -> 
     return correct
 
 
-def by_head(start: Checkpoint, pairs: list[EncodedPair], arguments: argparse.Namespace) -> Rank:
+def by_head(start: Checkpoint, pairs: list[EncodedPair], arguments: argparse.Namespace) -> dict[str, Rank]:
     """Only the score head learns, on the differences of the (scaled) states of chosen and rejected responses."""
     difference = score_states(start, pairs).diff(dim=1).neg().squeeze(1)  # (P, D): chosen - rejected
     difference = difference / difference.square().mean(0).sqrt()
     ratings = [pair.comparison.rating for pair in pairs]
     margins = {kind: torch.tensor([MARGINS[kind][r] for r in ratings if r is not None]) for kind in KINDS}
 
-    def rank(kind: MarginKind, is_test: NDArray[np.bool_], repeat: int) -> Floats:
+    def rank(decay: float, kind: MarginKind, is_test: NDArray[np.bool_], repeat: int) -> Floats:
         held_out = torch.from_numpy(is_test)
-        head = fit_head(difference[~held_out], margins[kind][~held_out], arguments.decay)
+        head = fit_head(difference[~held_out], margins[kind][~held_out], decay)
         return (difference[held_out] @ head > 0).double().numpy()
 
-    return rank
+    return {f"head, decay {decay}": partial(rank, decay) for decay in arguments.decay}
 
 
-def by_whole(start: Checkpoint, pairs: list[EncodedPair], arguments: argparse.Namespace) -> Rank:
+def by_whole(start: Checkpoint, pairs: list[EncodedPair], arguments: argparse.Namespace) -> dict[str, Rank]:
     """All weights learn; the margins of one fold and repeat share the seed, and so head, batches and order."""
 
     def rank(kind: MarginKind, is_test: NDArray[np.bool_], repeat: int) -> Floats:
@@ -220,7 +227,7 @@ def by_whole(start: Checkpoint, pairs: list[EncodedPair], arguments: argparse.Na
         model = train_model(start, train, kind, arguments, seed=repeat)
         return score_pairs(model, [pair for pair, held_out in zip(pairs, is_test, strict=True) if held_out]).correct
 
-    return rank
+    return {"whole": rank}
 
 
 def fit_head(difference: Tensor, margins: Tensor, decay: float) -> Tensor:
