@@ -21,8 +21,9 @@ from groundup.data.dialogues import read_dialogues
 from groundup.data.packages import archive_folder
 from groundup.data.readers import source_bytes
 from groundup.data.refusals import refused_sources
-from groundup.data.sources import REFUSALS, find_source, is_named, package_of
+from groundup.data.sources import REFUSALS, find_source, get_source, is_named, package_of
 from groundup.model.attention import MAX_KEPT_TOKENS
+from groundup.model.checkpoint import open_checkpoint
 from groundup.model.config import ModelConfig, flops_per_token, num_parameters
 from groundup.model.weights.hf_config import read_hf_config
 from groundup.stages.calibrate import ASSUMED_UTILISATION, Machine, free_disk_bytes
@@ -59,7 +60,7 @@ STATE_BYTES = 16
 CHECKPOINT_BYTES = 12
 """A parameter in a training checkpoint: weight and moments."""
 GPU_BYTES = 80e9
-BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2}
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 DECODE_UTILISATION = 0.15
 """Share of the matmul rate that decoding in batches reaches (docs/benchmarks.md)."""
 DECODE_PARAMETERS_PER_SECOND = 4e9
@@ -202,11 +203,14 @@ class Planner:
             row.notes.append(f"reads the corpus {row.tokens / self.corpus_tokens:.1f} times")
 
     def _import(self, row: StagePlan, config: ImportConfig, artifact: Artifact | None) -> None:
-        if artifact is None:
-            row.notes.append(f"shape unknown before {config.source} is read")
+        self.model = _config_of(config.source) if artifact is None else read_hf_config(artifact.file("config.json"))
+        if self.model is None:
+            row.notes.append(f"shape unknown before {config.source} is fetched")
             return
-        self.model = read_hf_config(artifact.file("config.json"))
         row.parameters = num_parameters(self.model)
+        row.disk_bytes = float(row.parameters * BYTES_OF_DTYPE[config.dtype])
+        row.memory_bytes = PROCESS_BYTES + row.parameters * (BYTES_OF_DTYPE["float32"] + BYTES_OF_DTYPE[config.dtype])
+        row.seconds = 10.0
 
     def _sft(self, row: StagePlan, config: SFTConfig, artifact: Artifact | None) -> None:
         sizes = [_dialogue_bytes(source) for source in config.dialogues]
@@ -327,6 +331,17 @@ class Planner:
             tokens = len(config.prompts) * config.max_new_tokens
             row.memory_bytes = PROCESS_BYTES + 1.5 * self.saved_bytes * num_parameters(self.model)
             row.seconds += tokens * num_parameters(self.model) / DECODE_PARAMETERS_PER_SECOND
+
+
+def _config_of(model: str) -> ModelConfig | None:
+    """The shape of a model to import; None for a named one that has not been fetched yet."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        entry = find_source(model)
+        if entry is None or not (archive_folder() / package_of(entry).archive).exists():
+            return None
+        path = get_source(model)
+    return open_checkpoint(path)[0].config
 
 
 def _dialogue_bytes(source: str) -> int | None:

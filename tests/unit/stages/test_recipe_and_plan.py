@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.apps.small_model import save_small_model
 
 from groundup.base.errors import UserError
 from groundup.model.config import PRESETS, ModelConfig, flops_per_token, num_parameters
+from groundup.model.weights.hf_config import read_hf_config
 from groundup.stages.calibrate import Machine, TrainingRate, free_disk_bytes
 from groundup.stages.pipeline import Pipeline
 from groundup.stages.plan import Planner, bytes_per_token, training_memory_bytes
@@ -106,6 +108,19 @@ def test_sizes_follow_from_the_text(tmp_path: Path) -> None:
     assert rows["shards"].disk_bytes == pytest.approx(2 * tokens)
     assert rows["pretrain"].tokens == 2 * -(-int(tokens) // 1024) * 1024
     assert rows["pretrain"].parameters == num_parameters(PRESETS["1m"])
+
+
+def test_a_model_to_import_is_known_before_it_is_imported(tmp_path: Path) -> None:
+    folder = save_small_model(tmp_path / "theirs")
+    sections = {
+        "name": "theirs", "import": {"source": str(folder)}, "prompts": {"sources": [{"source": "task:aiw?count=8"}]},
+        "collect": {"helpfulness": 8, "safety": 0}, "reward_helpful": {"seq_len": 128},
+    }  # fmt: skip
+    rows = rows_of(Recipe.model_validate(sections), tmp_path / "out")
+    parameters = num_parameters(read_hf_config(folder / "config.json"))
+    assert [rows[stage].parameters for stage in ("import", "collect 1", "reward_helpful 1")] == [parameters] * 3
+    assert rows["import"].disk_bytes == 2 * parameters
+    assert rows["reward_helpful 1"].tokens is not None
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(512, 2.0), (4096, 3.1), (32_000, 4.2)])
