@@ -18,15 +18,34 @@ from groundup.report.alignment import alignment_section
 from groundup.report.figures import Curve, bars_svg, curves_svg
 from groundup.report.ppo_figures import is_ppo_log, ppo_figures
 
-PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    # title, unit, (key of a metrics row, label); a panel is drawn when the log has one of its keys
+Panels = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
+"""Title, unit, (key of a metrics row, label); a panel is drawn when the log has one of its keys."""
+TEXT_PANELS: Panels = (
     ("Loss", "nats per target token", (("loss", "training"), ("held_out_loss", "held out"))),
     ("Held-out text", "bits per byte", (("held_out_bits_per_byte", "held out"),)),
-    ("Comparisons", "share ranked right", (("held_out_accuracy", "held out"),)),
+)
+COMPARISON_PANELS: Panels = (
+    ("Loss", "nats per comparison", (("loss", "training"), ("held_out_loss", "held out"))),
+    (
+        "Comparisons", "share ranked right",
+        (("share_correct", "training"), ("reward_accuracy", "training"), ("held_out_accuracy", "held out")),
+    ),
+    ("Chosen against rejected", "score difference", (("score_difference", "training"), ("reward_margin", "training"))),
+)  # fmt: skip
+STEP_PANELS: Panels = (
     ("Learning rate", "learning rate", (("lr", "learning rate"),)),
     ("Gradient norm", "norm before clipping", (("grad_norm", "norm"),)),
     ("Speed", "tokens/s", (("tokens_per_second", "tokens/s"),)),
 )
+NOISY = {
+    "loss",
+    "grad_norm",
+    "tokens_per_second",
+    "share_correct",
+    "reward_accuracy",
+    "score_difference",
+    "reward_margin",
+}
 
 
 @dataclass(frozen=True)
@@ -153,13 +172,14 @@ def _training(artifact: Artifact) -> dict[str, Any] | None:
 
 def _curves(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
     figures = []
-    for title, unit, keys in PANELS:
+    is_of_comparisons = any(key in row for row in rows for key in ("score_difference", "reward_margin"))
+    for title, unit, keys in (*(COMPARISON_PANELS if is_of_comparisons else TEXT_PANELS), *STEP_PANELS):
         curves = []
         for key, label in keys:
             points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
             if points:
                 steps, values = zip(*points, strict=True)
-                curves.append(Curve(label, steps, values, is_noisy=key in ("loss", "grad_norm", "tokens_per_second")))
+                curves.append(Curve(label, steps, values, is_noisy=key in NOISY))
         if curves:
             figures.append(curves_svg(title, unit, curves, f"{name} {title}"))
     return figures

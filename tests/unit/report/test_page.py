@@ -13,7 +13,15 @@ from groundup.base.artifacts import Artifact, new_artifact, open_artifact
 from groundup.base.metrics import MetricsLog
 from groundup.base.records import Message
 from groundup.report.figures import Curve, bars_svg, curves_svg, running_mean
-from groundup.report.page import SampleChat, duration, flatten, number, write_page
+from groundup.report.page import (
+    COMPARISON_PANELS,
+    STEP_PANELS,
+    SampleChat,
+    duration,
+    flatten,
+    number,
+    write_page,
+)
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -151,6 +159,18 @@ def test_says_what_matters(page: str) -> None:
         "Training: base", "Training: sft-v1", "Sample at step 300", "* resumed",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_curves_of_training_on_comparisons(tmp_path: Path) -> None:
+    step = {"loss": 0.7, "share_correct": 0.5, "score_difference": 0.1, "lr": 1e-4, "grad_norm": 1.0}
+    rows = [{"step": 1, **step}, {"step": 2, **step, "held_out_loss": 0.6, "held_out_accuracy": 0.75}]
+    model = make(tmp_path, "by-pairs", "model", {}, {}, rows=rows)
+    write_page(tmp_path / "index.html", "x", "", {"by-pairs": model}, [])
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    figures = re.findall(r'aria-label="([^"]*)"', text)
+    assert figures == [panel[0] for panel in (*COMPARISON_PANELS, *STEP_PANELS[:2])]
+    assert "nats per comparison" in text
+    assert "nats per target token" not in text
 
 
 def test_empty_run(tmp_path: Path) -> None:
