@@ -36,7 +36,7 @@ def groundup_engine(weights: str) -> Callable[[Path, int], Generate]:
         from groundup.infer.engine import Engine
 
         torch.set_num_threads(threads)
-        engine = Engine(random_model(folder.name), NoText(), weights=weights)  # type: ignore[arg-type]
+        engine = Engine(random_model(folder.name), NoText(), weights=weights)
 
         def generate(prompts: list[list[int]], new_tokens: int) -> None:
             answers = engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, temperature=0))

@@ -239,10 +239,10 @@ def fit_head(difference: Tensor, margins: Tensor, decay: float) -> Tensor:
         optimizer.zero_grad()
         loss = margin_ranking_loss(difference @ head, torch.zeros(()), margins).mean()
         loss = loss + decay / 2 * head.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return head.detach()
 
 

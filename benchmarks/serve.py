@@ -67,7 +67,7 @@ def write_model(name: str, folder: Path, precisions: list[str]) -> None:
         checkpoint.model.head_weight[[checkpoint.tokenizer.eos_id, *checkpoint.chat.stop_ids]] = 0
     save_checkpoint(folder / "hf", checkpoint)
     for precision in precisions:
-        convert(folder / "hf", folder / f"{precision}.gguf", "gguf", quantisation=GGUF_TYPES[precision])  # type: ignore[arg-type]
+        convert(folder / "hf", folder / f"{precision}.gguf", "gguf", quantisation=GGUF_TYPES[precision])
 
 
 def requests(server: Server, vocab_size: int, seed: int) -> Iterator[Request]:

@@ -92,28 +92,34 @@ def benchmark_training(texts: list[str], vocab_size: int, rounds: int, folder: P
     return seconds
 
 
+def encoders(
+    reference: sentencepiece.SentencePieceProcessor, folder: Path, batch: list[str]
+) -> dict[str, Callable[[], list[Any]]]:
+    """Who encodes `batch`. New objects each round, so that none keeps pieces of earlier texts; nobody's set-up is
+    timed."""
+    threads = os.cpu_count() or 1
+    ours, hf = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours.encode_many(["warm-up"])
+    hf.encode_special_tokens = True
+    return {
+        "sentencepiece, 1 thread": lambda: reference.encode(batch, num_threads=1),
+        f"sentencepiece, {threads} threads": lambda: reference.encode(batch, num_threads=threads),
+        f"tokenizers, batch, {threads} threads": lambda: [
+            row.ids for row in hf.encode_batch_fast(batch, add_special_tokens=False)
+        ],
+        "groundup encode_many": lambda: ours.encode_many(batch),
+    }
+
+
 def benchmark_encoding(stream: Iterator[str], rounds: int, folder: Path) -> tuple[dict[str, list[float]], int]:
     """MB/s of each contender by round, and the number of texts whose ids were compared (all equal, or it exits)."""
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    threads = os.cpu_count() or 1
     rates: dict[str, list[float]] = {}
     compared = 0
     for _ in range(rounds):
         batch = take(stream, ROUND_BYTES)
         size = sum(len(text.encode()) for text in batch) / 1e6
-        # New objects each round, so that no contender keeps pieces of earlier texts; nobody's set-up is timed.
-        ours, hf = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        ours.encode_many(["warm-up"])
-        hf.encode_special_tokens = True
-        contenders: dict[str, Callable[[], list[Any]]] = {
-            "sentencepiece, 1 thread": lambda: reference.encode(batch, num_threads=1),  # noqa: B023
-            f"sentencepiece, {threads} threads": lambda: reference.encode(batch, num_threads=threads),  # noqa: B023
-            f"tokenizers, batch, {threads} threads": lambda: [
-                row.ids
-                for row in hf.encode_batch_fast(batch, add_special_tokens=False)  # noqa: B023
-            ],
-            "groundup encode_many": lambda: ours.encode_many(batch),  # noqa: B023
-        }
+        contenders = encoders(reference, folder, batch)
         results = {}
         for name, action in contenders.items():
             seconds, results[name] = timed(action)

@@ -183,7 +183,7 @@ class LLMJudge:
 
     def _ask(self, question: dict[str, Any], is_over: threading.Event) -> str:
         url = f"{self._config.url}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(question).encode(), self._headers)  # noqa: S310 - checked
+        request = urllib.request.Request(url, json.dumps(question).encode(), self._headers)  # noqa: S310 - http(s) alone, see LLMJudgeConfig
         failure, wait = "", self._config.backoff_seconds
         for attempt in range(self._config.attempts):
             if attempt:

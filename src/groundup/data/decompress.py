@@ -40,7 +40,7 @@ class DecompressedFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # its caller gives a memoryview
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:

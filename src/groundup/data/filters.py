@@ -74,7 +74,7 @@ class QualityConfig(Config):
     """n -> largest share of characters in n-grams seen before."""
 
 
-class _Words(WordTokenizer):  # type: ignore[misc]
+class _Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
     """Words as Gopher counts them: what stands between white space.
 
     Why: datatrove's default, a spaCy tokenizer, makes every comma a word, so that a page of fiction fails the

@@ -61,6 +61,8 @@ CHECKPOINT_BYTES = 12
 """A parameter in a training checkpoint: weight and moments."""
 GPU_BYTES = 80e9
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+IMPORT_BYTES_PER_SECOND = 100e6
+"""A model read, checked and written: SmolLM2's 270 MB take 2 s, or 10 s when its package is unpacked first."""
 DECODE_UTILISATION = 0.15
 """Share of the matmul rate that decoding in batches reaches (docs/benchmarks.md)."""
 DECODE_PARAMETERS_PER_SECOND = 4e9
@@ -210,7 +212,7 @@ class Planner:
         row.parameters = num_parameters(self.model)
         row.disk_bytes = float(row.parameters * BYTES_OF_DTYPE[config.dtype])
         row.memory_bytes = PROCESS_BYTES + row.parameters * (BYTES_OF_DTYPE["float32"] + BYTES_OF_DTYPE[config.dtype])
-        row.seconds = 10.0
+        row.seconds = 5 + row.disk_bytes / IMPORT_BYTES_PER_SECOND
 
     def _sft(self, row: StagePlan, config: SFTConfig, artifact: Artifact | None) -> None:
         sizes = [_dialogue_bytes(source) for source in config.dialogues]
